@@ -1,0 +1,264 @@
+"""What can happen in a pool, as values: enums for states and reasons, snapshots, the Observer.
+
+Pure: no I/O, no clock. Enum values are metric labels and log fields alike, so a renamed member is
+a change of the metrics contract. ``pool`` and ``proxy`` report to the ``Observer`` and know nothing
+of Prometheus.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+from typing import Protocol
+
+
+class PoolMode(StrEnum):
+    """How long a client keeps a server connection (PgBouncer's ``pool_mode``)."""
+
+    SESSION = "session"
+    TRANSACTION = "transaction"
+
+
+class ConnectReason(StrEnum):
+    """Why a server connection was opened."""
+
+    WARM = "warm"  # to keep min_idle connections ready
+    DEMAND = "demand"  # a client waits
+    RECONNECT = "reconnect"  # after a loss
+
+
+class CloseReason(StrEnum):
+    """Why a server connection was closed."""
+
+    IDLE_TIMEOUT = "idle_timeout"  # idle longer than idle_timeout, more than min_idle are idle
+    MAX_LIFETIME = "max_lifetime"
+    SERVER_CLOSED = "server_closed"  # the server ended it
+    PING_FAILED = "ping_failed"  # a ping was answered with an error
+    PING_TIMEOUT = "ping_timeout"
+    RESET_FAILED = "reset_failed"  # session state could not be removed
+    CLIENT_LOST = "client_lost"  # its client vanished in the middle of a transaction or query
+    PROTOCOL_ERROR = "protocol_error"  # server or client broke the protocol
+    SETTINGS_FAILED = "settings_failed"  # a client's startup parameters were refused
+    SHUTDOWN = "shutdown"
+
+
+class AcquireOutcome(StrEnum):
+    """How a request for a connection ended."""
+
+    IMMEDIATE = "immediate"
+    WAITED = "waited"
+    TIMEOUT = "timeout"
+    REJECTED = "rejected"  # queue full, draining, or the server refuses logins
+    CANCELLED = "cancelled"  # the client left or cancelled while waiting
+
+
+class PingOutcome(StrEnum):
+    OK = "ok"
+    TIMEOUT = "timeout"
+    ERROR = "error"
+
+
+class Phase(StrEnum):
+    """Where a connection error happened."""
+
+    CONNECT = "connect"
+    TLS = "tls"
+    AUTH = "auth"
+    ACQUIRE = "acquire"
+    PING = "ping"
+    QUERY = "query"
+
+
+class ErrorReason(StrEnum):
+    """The cause of a connection error."""
+
+    REFUSED = "refused"  # nobody listens
+    UNREACHABLE = "unreachable"  # no route, no such socket
+    DNS = "dns"
+    TIMEOUT = "timeout"
+    RESET = "reset"  # the server closed or reset the connection
+    TLS = "tls"
+    AUTH = "auth"  # SQLSTATE class 28
+    DATABASE = "database"  # SQLSTATE 3D000: no such database
+    TOO_MANY_CONNECTIONS = "too_many_connections"  # SQLSTATE 53300 from the server
+    STARTING_UP = "starting_up"  # SQLSTATE 57P03
+    ADMIN_SHUTDOWN = "admin_shutdown"  # SQLSTATE 57P01, 57P02
+    SERVER_ERROR = "server_error"  # any other SQLSTATE
+    PROTOCOL = "protocol"  # bytes that are not the PostgreSQL protocol
+    REJECTED = "rejected"  # queue full or draining
+
+
+_LOGIN_REASONS = (
+    ErrorReason.TIMEOUT,
+    ErrorReason.RESET,
+    ErrorReason.AUTH,
+    ErrorReason.DATABASE,
+    ErrorReason.TOO_MANY_CONNECTIONS,
+    ErrorReason.STARTING_UP,
+    ErrorReason.ADMIN_SHUTDOWN,
+    ErrorReason.SERVER_ERROR,
+    ErrorReason.PROTOCOL,
+)
+
+CONNECTION_ERRORS: dict[Phase, tuple[ErrorReason, ...]] = {
+    Phase.CONNECT: (
+        ErrorReason.REFUSED,
+        ErrorReason.UNREACHABLE,
+        ErrorReason.DNS,
+        ErrorReason.TIMEOUT,
+        ErrorReason.RESET,
+    ),
+    Phase.TLS: (ErrorReason.TLS,),
+    Phase.AUTH: _LOGIN_REASONS,
+    Phase.ACQUIRE: (ErrorReason.TIMEOUT, ErrorReason.REJECTED),
+    Phase.PING: (ErrorReason.TIMEOUT, ErrorReason.RESET, ErrorReason.SERVER_ERROR),
+    Phase.QUERY: (ErrorReason.RESET, ErrorReason.ADMIN_SHUTDOWN, ErrorReason.PROTOCOL),
+}
+"""The combinations that can occur; each is exported at 0 from the first scrape."""
+
+
+class Operation(IntEnum):
+    """What a query does, told from its first keyword. An int, since it indexes on the hot path."""
+
+    SELECT = 0
+    INSERT = 1
+    UPDATE = 2
+    DELETE = 3
+    COPY = 4
+    TRANSACTION = 5
+    UTILITY = 6
+    OTHER = 7
+
+    @property
+    def label(self) -> str:
+        return self.name.lower()
+
+
+class ErrorOrigin(StrEnum):
+    SERVER = "server"
+    SIDECAR = "sidecar"
+
+
+class TimeoutKind(StrEnum):
+    ACQUIRE = "acquire"
+    QUERY = "query"
+    IDLE_IN_TRANSACTION = "idle_in_transaction"
+    CLIENT_IDLE = "client_idle"
+    LOGIN = "login"
+    CONNECT = "connect"
+
+
+class PinReason(StrEnum):
+    """Why a lease outlives its transaction."""
+
+    SET = "set"
+    LISTEN = "listen"
+    TEMP_TABLE = "temp_table"
+    ADVISORY_LOCK = "advisory_lock"
+    CURSOR = "cursor"
+    PREPARE = "prepare"
+    SESSION_MODE = "session_mode"
+
+
+class Listener(StrEnum):
+    PG = "pg"
+    HTTP = "http"
+
+
+class ClientOutcome(StrEnum):
+    ACCEPTED = "accepted"
+    REJECTED = "rejected"  # limit reached, draining, or not a PostgreSQL client
+    AUTH_FAILED = "auth_failed"
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSnapshot:
+    """The state of one pool at one instant. Times in seconds."""
+
+    name: str
+    mode: PoolMode
+    database: str
+    user: str
+    server: str  # host:port or the socket's path
+    used: int  # leased to clients
+    idle: int
+    connecting: int  # being opened, checked, reset or closed: takes a place, serves nobody
+    max_size: int
+    min_idle: int
+    pending: int  # clients waiting
+    oldest_wait: float  # of them; 0 if none
+    is_up: bool
+    last_ping: float  # unix time of the last good ping; 0 before the first
+    queries_in_flight: int
+    longest_running_query: float  # 0 if none
+    longest_idle_in_transaction: float  # 0 if none
+    slow_query_threshold: float
+
+
+class Traffic:
+    """Bytes moved since start. Plain attributes: sessions add to them without a call."""
+
+    __slots__ = ("client_received", "client_sent", "server_received", "server_sent")
+
+    def __init__(self) -> None:
+        self.client_received = 0
+        self.client_sent = 0
+        self.server_received = 0
+        self.server_sent = 0
+
+
+class PoolObserver(Protocol):
+    """What one pool reports. Calls are synchronous, cheap and never raise. Durations in seconds."""
+
+    def acquired(self, outcome: AcquireOutcome, waited: float, used: int) -> None:
+        """A request for a connection ended; ``used`` connections are leased now."""
+
+    def acquired_at_once(self, used: int) -> None:
+        """The hot case of ``acquired``: outcome immediate, no wait."""
+
+    def released(self, held: float) -> None:
+        """A lease ended."""
+
+    def query_done(self, operation: int, took: float) -> None:
+        """A query (one Query, Execute or FunctionCall message) ended, failed or not."""
+
+    def query_slow(self, operation: int) -> None:
+        """A running query crossed the slow threshold; once a query, before its ``query_done``."""
+
+    def query_failed(self, origin: ErrorOrigin, sqlstate: str) -> None:
+        """The client was sent an ErrorResponse."""
+
+    def transaction_done(self, committed: bool, took: float) -> None: ...
+
+    def overhead(self, took: float) -> None:
+        """Our own time within one cycle (sampled)."""
+
+    def connection_opened(self, reason: ConnectReason, took: float) -> None: ...
+
+    def connection_closed(self, reason: CloseReason) -> None: ...
+
+    def connection_failed(self, phase: Phase, reason: ErrorReason) -> None: ...
+
+    def reconnected(self, ok: bool) -> None:
+        """An attempt to replace a lost connection ended."""
+
+    def pinged(self, outcome: PingOutcome, took: float) -> None: ...
+
+    def timed_out(self, kind: TimeoutKind) -> None: ...
+
+
+class Observer(Protocol):
+    """What the sidecar as a whole reports."""
+
+    traffic: Traffic
+
+    def pool(self, name: str) -> PoolObserver: ...
+
+    def client_ended(self, listener: Listener, outcome: ClientOutcome) -> None:
+        """The fate of a new client connection is known: accepted, rejected or auth_failed."""
+
+    def login_timed_out(self, pool: str | None) -> None:
+        """A client did not finish its login in time; ``pool`` if it had got that far."""
+
+    def http_request(self, route: str, method: str, code: int, took: float) -> None: ...
+
+    def loop_lag(self, late: float) -> None:
+        """How late the event loop ran a timer."""
