@@ -1,0 +1,1 @@
+"""The HTTP service: metrics, health, and a page for people."""

@@ -1,0 +1,490 @@
+"""The metrics by name, type, labels and meaning, and where each value is read at a scrape.
+
+The only module that knows Prometheus names; ``docs/metrics.md`` describes them for users. Every label
+combination is written from the first scrape on, at 0: ``increase()`` does not see the first error otherwise.
+"""
+
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain, product
+from operator import add
+
+from sidecar import __version__
+from sidecar.events import (
+    AcquireOutcome,
+    CloseReason,
+    ConnectReason,
+    Listener,
+    Operation,
+    PingOutcome,
+    PoolSnapshot,
+    TimeoutKind,
+)
+from sidecar.observe.exposition import (
+    Family,
+    Kind,
+    fixed,
+    histogram_prefixes,
+    histogram_values,
+    number_or_nan,
+    prefix,
+)
+from sidecar.observe.recorder import (
+    CLIENT_KEYS,
+    CONNECTION_ERROR_KEYS,
+    ERROR_KEYS,
+    LAG_BUCKETS,
+    OVERHEAD_BUCKETS,
+    QUERY_BUCKETS,
+    USE_BUCKETS,
+    WAIT_BUCKETS,
+    Histogram,
+    PoolRecorder,
+    Recorder,
+)
+from sidecar.observe.sketch import WINDOWS
+
+PREFIX = "pgsidecar_"
+QUANTILES = (0.5, 0.9, 0.99)
+
+ClientCounts = tuple[int, int, int, int]
+"""Client connections: PostgreSQL now and at most, HTTP now and at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolScrape:
+    """One pool at a scrape."""
+
+    recorder: PoolRecorder
+    snapshot: PoolSnapshot
+    latency: list[tuple[list[float], int]]  # by window: the QUANTILES, and their samples
+
+
+@dataclass(frozen=True, slots=True)
+class Scrape:
+    """What one scrape reads."""
+
+    recorder: Recorder
+    pools: list[PoolScrape]
+    clients: ClientCounts
+    previous_took: float  # seconds the previous scrape kept the event loop
+
+
+_Labels = Mapping[str, str]
+_Family = Family[Scrape]
+
+
+def catalogue(
+    pools: Iterable[str], revision: str, config_read_at: float
+) -> Iterable[Family[Scrape]]:
+    """All families, in the order of the page. ``config_read_at`` is a unix time."""
+    per_pool = _PerPool(pools)
+    yield from _pool_families(per_pool)
+    yield from _connection_families(per_pool)
+    yield from _query_families(per_pool)
+    yield from _transaction_families(per_pool)
+    yield from _client_families()
+    yield from _sidecar_families(revision, config_read_at)
+
+
+def _each(**labels: Iterable[str]) -> list[_Labels]:
+    """Every combination of the labels' values, the last label changing fastest."""
+    return [dict(zip(labels, values, strict=True)) for values in product(*labels.values())]
+
+
+def _metric(
+    name: str,
+    help: str,
+    read: Callable[[Scrape], Iterable[float]],
+    labels: Iterable[_Labels] = ({},),
+) -> _Family:
+    """A counter or a gauge; ``read`` gives its values in the order of ``labels``."""
+    name = PREFIX + name
+    kind: Kind = "counter" if name.endswith("_total") else "gauge"
+    return Family(name, kind, help, fixed([prefix(name, each) for each in labels], read))
+
+
+def _histogram(
+    name: str,
+    help: str,
+    bounds: Sequence[float],
+    read: Callable[[Scrape], Iterable[Histogram]],
+    labels: Iterable[_Labels] = ({},),
+) -> _Family:
+    name = PREFIX + name
+    prefixes = chain.from_iterable(histogram_prefixes(name, each, bounds) for each in labels)
+
+    def values(scrape: Scrape) -> Iterable[float]:
+        return chain.from_iterable(map(histogram_values, read(scrape)))
+
+    return Family(name, "histogram", help, fixed(prefixes, values))
+
+
+class _PerPool:
+    """Makes families with the label ``pool``: ``read`` and ``labels`` are those of one pool."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = tuple(names)
+
+    def metric(
+        self,
+        name: str,
+        help: str,
+        read: Callable[[PoolScrape], Iterable[float]],
+        labels: Iterable[_Labels] = ({},),
+    ) -> _Family:
+        def values(scrape: Scrape) -> Iterable[float]:
+            return chain.from_iterable(map(read, scrape.pools))
+
+        return _metric(name, help, values, self.labels(labels))
+
+    def quantiles(
+        self,
+        name: str,
+        help: str,
+        read: Callable[[PoolScrape], Iterable[float]],
+        labels: Iterable[_Labels],
+    ) -> _Family:
+        """A summary of quantiles only: ``_sum`` and ``_count`` of a window would not be counters."""
+        name = PREFIX + name
+        prefixes = [prefix(name, each) for each in self.labels(labels)]
+
+        def values(scrape: Scrape) -> Iterable[float]:
+            return chain.from_iterable(map(read, scrape.pools))
+
+        return Family(name, "summary", help, fixed(prefixes, values, number_or_nan))
+
+    def histogram(
+        self,
+        name: str,
+        help: str,
+        bounds: Sequence[float],
+        read: Callable[[PoolRecorder], Iterable[Histogram]],
+        labels: Iterable[_Labels] = ({},),
+    ) -> _Family:
+        def histograms(scrape: Scrape) -> Iterable[Histogram]:
+            return chain.from_iterable(read(pool.recorder) for pool in scrape.pools)
+
+        return _histogram(name, help, bounds, histograms, self.labels(labels))
+
+    def labels(self, labels: Iterable[_Labels]) -> list[_Labels]:
+        return [{"pool": name, **each} for name, each in product(self._names, labels)]
+
+
+def _pool_families(pools: _PerPool) -> Iterable[_Family]:
+    """How full the pools are, and how long clients wait."""
+    yield pools.metric(
+        "pool_connections",
+        "Server connections by state.",
+        lambda pool: (pool.snapshot.used, pool.snapshot.idle, pool.snapshot.connecting),
+        _each(state=("used", "idle", "connecting")),
+    )
+    yield pools.metric(
+        "pool_connections_max",
+        "Most server connections allowed.",
+        lambda pool: [pool.snapshot.max_size],
+    )
+    yield pools.metric(
+        "pool_connections_idle_min",
+        "Idle server connections kept ready.",
+        lambda pool: [pool.snapshot.min_idle],
+    )
+    yield pools.metric(
+        "pool_connections_used_peak",
+        "Most server connections in use at once within the window.",
+        lambda pool: [max(pool.recorder.used_peak(), pool.snapshot.used)],
+        _each(window=("1m",)),
+    )
+    yield pools.metric(
+        "pool_pending_requests",
+        "Clients waiting for a connection.",
+        lambda pool: [pool.snapshot.pending],
+    )
+    yield pools.metric(
+        "pool_pending_max_wait_seconds",
+        "How long the oldest waiting client has waited; 0 if none waits.",
+        lambda pool: [pool.snapshot.oldest_wait],
+    )
+    yield pools.metric(
+        "pool_acquires_total",
+        "Requests for a connection by outcome.",
+        lambda pool: pool.recorder.acquires().values(),
+        _each(outcome=AcquireOutcome),
+    )
+    yield pools.histogram(
+        "pool_acquire_duration_seconds",
+        "Time to get a connection, failures included.",
+        WAIT_BUCKETS,
+        lambda pool: [pool.acquire_durations()],
+    )
+    yield pools.histogram(
+        "pool_connection_use_seconds",
+        "Time from getting a connection to giving it back.",
+        USE_BUCKETS,
+        lambda pool: [pool.uses],
+    )
+    yield Family(
+        PREFIX + "pool_info", "gauge", "Configuration of the pool; always 1.", _pool_info_lines
+    )
+
+
+def _connection_families(pools: _PerPool) -> Iterable[_Family]:
+    """The life of server connections, and whether the server is well."""
+    yield pools.histogram(
+        "pool_connection_create_seconds",
+        "Time to open a server connection: TCP, TLS and authentication.",
+        WAIT_BUCKETS,
+        lambda pool: [pool.creates],
+    )
+    yield pools.metric(
+        "connections_opened_total",
+        "Server connections opened, by reason.",
+        lambda pool: pool.recorder.opened.values(),
+        _each(reason=ConnectReason),
+    )
+    yield pools.metric(
+        "connections_closed_total",
+        "Server connections closed, by reason.",
+        lambda pool: pool.recorder.closed.values(),
+        _each(reason=CloseReason),
+    )
+    yield pools.metric(
+        "connection_attempts_total",
+        "Attempts to get a usable connection: acquires, those given up by the client excepted, and pings.",
+        lambda pool: pool.recorder.attempts(),
+        _each(outcome=("ok", "error")),
+    )
+    yield pools.metric(
+        "connection_errors_total",
+        "Connection errors, by phase and cause.",
+        lambda pool: pool.recorder.connection_errors.values(),
+        [{"phase": phase, "reason": reason} for phase, reason in CONNECTION_ERROR_KEYS],
+    )
+    yield pools.metric(
+        "reconnects_total",
+        "Attempts to replace a lost server connection.",
+        lambda pool: (pool.recorder.reconnects[True], pool.recorder.reconnects[False]),
+        _each(outcome=("ok", "error")),
+    )
+    yield pools.metric(
+        "up",
+        "1 if the server can be used, else 0.",
+        lambda pool: [int(pool.snapshot.is_up)],
+    )
+    yield pools.metric(
+        "pings_total",
+        "Pings sent over idle server connections, by outcome.",
+        lambda pool: pool.recorder.pings.values(),
+        _each(outcome=PingOutcome),
+    )
+    yield pools.histogram(
+        "ping_duration_seconds",
+        "Round trip of a ping, failures included.",
+        WAIT_BUCKETS,
+        lambda pool: [pool.ping_durations],
+    )
+    yield pools.metric(
+        "ping_last_success_timestamp_seconds",
+        "Unix time of the last good ping; 0 before the first.",
+        lambda pool: [pool.snapshot.last_ping],
+    )
+
+
+def _query_families(pools: _PerPool) -> Iterable[_Family]:
+    """What the server does for the clients, and how long it takes."""
+    operations = [{"operation": operation.label} for operation in Operation]
+    yield pools.histogram(
+        "query_duration_seconds",
+        "Time from forwarding a query to its end, failures included.",
+        QUERY_BUCKETS,
+        lambda pool: pool.queries,
+        operations,
+    )
+    yield pools.quantiles(
+        "query_latency_seconds",
+        "Rolling quantile of query durations, at most 1 % off; NaN without samples.",
+        lambda pool: chain.from_iterable(quantiles for quantiles, _ in pool.latency),
+        _each(window=WINDOWS, quantile=map(repr, QUANTILES)),
+    )
+    yield pools.metric(
+        "query_latency_samples",
+        "Queries that ended within the window: the samples of the quantiles.",
+        lambda pool: (samples for _, samples in pool.latency),
+        _each(window=WINDOWS),
+    )
+    yield pools.metric(
+        "slow_queries_total",
+        "Queries that reached the slow threshold, counted when they cross it.",
+        lambda pool: pool.recorder.slow,
+        operations,
+    )
+    yield pools.metric(
+        "slow_query_threshold_seconds",
+        "Duration from which on a query is slow.",
+        lambda pool: [pool.recorder.slow_query_threshold],
+    )
+    yield pools.metric(
+        "queries_in_flight",
+        "Queries running now.",
+        lambda pool: [pool.snapshot.queries_in_flight],
+    )
+    yield pools.metric(
+        "longest_running_query_seconds",
+        "Age of the oldest running query; 0 if none runs.",
+        lambda pool: [pool.snapshot.longest_running_query],
+    )
+    yield pools.metric(
+        "query_errors_total",
+        "Errors sent to clients, by who raised them and the class of their SQLSTATE.",
+        lambda pool: pool.recorder.errors.values(),
+        [{"origin": origin, "sqlstate_class": each} for origin, each in ERROR_KEYS],
+    )
+
+
+def _transaction_families(pools: _PerPool) -> Iterable[_Family]:
+    """Transactions, timeouts and the sidecar's own part in the time."""
+    yield pools.histogram(
+        "transaction_duration_seconds",
+        "Time from the first statement of a transaction to its end.",
+        QUERY_BUCKETS,
+        lambda pool: [pool.transactions],
+    )
+    yield pools.metric(
+        "transactions_total",
+        "Finished transactions.",
+        lambda pool: pool.recorder.committed_and_rolled_back(),
+        _each(outcome=("commit", "rollback")),
+    )
+    yield pools.metric(
+        "longest_idle_in_transaction_seconds",
+        "How long the client that idles longest in a transaction has sent nothing; 0 if none does.",
+        lambda pool: [pool.snapshot.longest_idle_in_transaction],
+    )
+    yield pools.histogram(
+        "proxy_overhead_seconds",
+        "Time of the sidecar itself for one cycle, sampled.",
+        OVERHEAD_BUCKETS,
+        lambda pool: [pool.overheads],
+    )
+    yield _metric(
+        "timeouts_total",
+        "Timeouts that ran out; pool is empty for a login that had not named it yet.",
+        lambda scrape: chain(
+            *(pool.recorder.timeouts.values() for pool in scrape.pools),
+            [scrape.recorder.logins_timed_out],
+        ),
+        [*pools.labels(_each(kind=TimeoutKind)), {"pool": "", "kind": TimeoutKind.LOGIN}],
+    )
+
+
+def _client_families() -> Iterable[_Family]:
+    listeners = _each(listener=Listener)
+    yield _metric(
+        "client_connections",
+        "Client connections open now.",
+        lambda scrape: (scrape.clients[0], scrape.clients[2]),
+        listeners,
+    )
+    yield _metric(
+        "client_connections_max",
+        "Most client connections allowed.",
+        lambda scrape: (scrape.clients[1], scrape.clients[3]),
+        listeners,
+    )
+    yield _metric(
+        "client_connections_total",
+        "Client connections by what became of them.",
+        lambda scrape: scrape.recorder.clients.values(),
+        [{"listener": listener, "outcome": outcome} for listener, outcome in CLIENT_KEYS],
+    )
+    yield _metric(
+        "network_bytes_total",
+        "Bytes moved over PostgreSQL connections.",
+        _network_bytes,
+        _each(side=("client", "server"), direction=("received", "sent")),
+    )
+    yield Family(PREFIX + "http_requests_total", "counter", "HTTP requests answered.", _http_lines)
+    yield Family(
+        PREFIX + "http_request_duration_seconds",
+        "histogram",
+        "Time from an HTTP request to the end of its answer.",
+        _http_duration_lines,
+    )
+
+
+def _sidecar_families(revision: str, config_read_at: float) -> Iterable[_Family]:
+    yield _histogram(
+        "event_loop_lag_seconds",
+        "How late the event loop ran its timers.",
+        LAG_BUCKETS,
+        lambda scrape: [scrape.recorder.lags],
+    )
+    yield _metric(
+        "metrics_render_seconds",
+        "How long the previous scrape kept the event loop.",
+        lambda scrape: [scrape.previous_took],
+    )
+    yield _metric(
+        "build_info",
+        "What runs here; always 1.",
+        lambda scrape: [1],
+        [
+            {
+                "version": __version__,
+                "revision": revision,
+                "python_version": platform.python_version(),
+            }
+        ],
+    )
+    yield _metric(
+        "config_last_reload_success_timestamp_seconds",
+        "Unix time when the configuration in force was read.",
+        lambda scrape: [config_read_at],
+    )
+
+
+def _pool_info_lines(scrape: Scrape) -> Iterable[str]:
+    for pool in scrape.pools:
+        snapshot = pool.snapshot
+        labels = {
+            "pool": snapshot.name,
+            "database": snapshot.database,
+            "user": snapshot.user,
+            "server": snapshot.server,
+            "mode": snapshot.mode,
+        }
+        yield prefix(PREFIX + "pool_info", labels) + "1"
+
+
+def _network_bytes(scrape: Scrape) -> Iterable[int]:
+    traffic = scrape.recorder.traffic
+    return (
+        traffic.client_received,
+        traffic.client_sent,
+        traffic.server_received,
+        traffic.server_sent,
+    )
+
+
+def _http_lines(scrape: Scrape) -> Iterable[str]:
+    for (route, method, code), count in scrape.recorder.http_requests.items():
+        yield _http_prefix(route, method, code) + repr(count)
+
+
+def _http_duration_lines(scrape: Scrape) -> Iterable[str]:
+    for route, histogram in scrape.recorder.http_durations.items():
+        yield from map(add, _http_duration_prefixes(route), map(repr, histogram_values(histogram)))
+
+
+@cache
+def _http_prefix(route: str, method: str, code: int) -> str:
+    labels = {"route": route, "method": method, "code": str(code)}
+    return prefix(PREFIX + "http_requests_total", labels)
+
+
+@cache
+def _http_duration_prefixes(route: str) -> tuple[str, ...]:
+    name = PREFIX + "http_request_duration_seconds"
+    return tuple(histogram_prefixes(name, {"route": route}, WAIT_BUCKETS))

@@ -1,0 +1,79 @@
+"""The text of ``/metrics``: what ``catalogue`` reads at a scrape, and the process metrics of the library.
+
+Counts nothing itself and keeps nothing between two scrapes but the time the last one took.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+from prometheus_client import (
+    CollectorRegistry,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+from prometheus_client.openmetrics import exposition as openmetrics
+
+from sidecar.events import PoolSnapshot
+from sidecar.observe.catalogue import QUANTILES, ClientCounts, PoolScrape, Scrape, catalogue
+from sidecar.observe.exposition import Exposition, Format
+from sidecar.observe.recorder import PoolRecorder, Recorder
+from sidecar.observe.sketch import WINDOWS
+
+
+class MetricsText:
+    """The text of ``/metrics``.
+
+    ``own_text`` reads state and belongs on the event loop. ``process_text`` belongs in a thread: it
+    lists the open files, which takes 5 ms where there are 5,000 clients.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        pools: Callable[[], Sequence[PoolSnapshot]],
+        clients: Callable[[], ClientCounts],
+        registry: CollectorRegistry,
+        revision: str = "unknown",
+    ) -> None:
+        self.pools = pools
+        self._recorder = recorder
+        self._clients = clients
+        self._took = 0.0
+        self._registry = registry
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+        self._exposition = Exposition(
+            catalogue(recorder.pools, revision, config_read_at=time.time())
+        )
+
+    def own_text(self, format: Format) -> str:
+        """All metrics but those of the process."""
+        began = time.perf_counter()
+        now = self._recorder.clock()
+        self._recorder.tick(now)  # the windows are up to date even where the loop was held up
+        snapshots = {snapshot.name: snapshot for snapshot in self.pools()}
+        pools = [
+            PoolScrape(pool, snapshots[name], _latency(pool, now))
+            for name, pool in self._recorder.pools.items()
+        ]
+        scrape = Scrape(self._recorder, pools, self._clients(), self._took)
+        text = self._exposition.render(format, scrape)
+        self._took = time.perf_counter() - began
+        return text
+
+    def process_text(self, format: Format) -> str:
+        """The metrics of the process, and the end of the page."""
+        if format is Format.OPENMETRICS:
+            text: bytes = openmetrics.generate_latest(self._registry)  # type: ignore[no-untyped-call]
+        else:
+            text = generate_latest(self._registry)
+        return text.decode()
+
+    def render(self, format: Format) -> str:
+        """The whole page."""
+        return self.own_text(format) + self.process_text(format)
+
+
+def _latency(pool: PoolRecorder, now: float) -> list[tuple[list[float], int]]:
+    return [pool.latency.quantiles(window, now, QUANTILES) for window in WINDOWS]

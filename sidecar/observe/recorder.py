@@ -1,0 +1,390 @@
+"""Counts what the pools, the proxy and the API report: the ``Observer`` of the running sidecar.
+
+Owns the counts; the names they are exported under are ``metrics``' business. Runs no task: the
+service calls ``tick`` every 100 ms, which moves the rolling windows on.
+
+Everything here is called from the event loop. ``acquired_at_once``, ``query_done``, ``released`` and
+``transaction_done`` run for every query or transaction: they add to plain attributes and lists, and what
+can be derived from other counts is derived when it is read (``acquires``, ``transactions``).
+"""
+
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from itertools import product
+from math import inf, log
+from typing import Final
+
+from sidecar.events import (
+    CONNECTION_ERRORS,
+    AcquireOutcome,
+    ClientOutcome,
+    CloseReason,
+    ConnectReason,
+    ErrorOrigin,
+    ErrorReason,
+    Listener,
+    Operation,
+    Phase,
+    PingOutcome,
+    TimeoutKind,
+    Traffic,
+)
+from sidecar.observe.sketch import (
+    BUCKETS,
+    HIGHEST,
+    LAST,
+    LOWEST,
+    SCALE,
+    SHIFT,
+    RollingPeak,
+    RollingQuantiles,
+    index_of,
+)
+
+WAIT_BUCKETS: Final[tuple[float, ...]] = (
+    *(0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5),
+    *(1.0, 2.5, 5.0, 10.0, 30.0),
+)
+USE_BUCKETS: Final[tuple[float, ...]] = (*WAIT_BUCKETS, 60.0, 300.0)
+OVERHEAD_BUCKETS: Final[tuple[float, ...]] = (0.00001, 0.000025, 0.00005, *WAIT_BUCKETS)
+LAG_BUCKETS: Final[tuple[float, ...]] = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0)
+QUERY_BUCKETS: Final[tuple[float, ...]] = (
+    *(0.0001, 0.00025, 0.0005, 0.00075, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075),
+    *(0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75),
+    *(1.0, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0),
+)
+"""Upper bounds, seconds. The query list holds OpenTelemetry's advised bounds and 5 s; neighbours are
+at most a factor of 2 apart, since ``histogram_quantile`` is wrong by up to that factor."""
+
+# The classes of errcodes.txt in PostgreSQL 18's sources. A function can raise any other.
+SQLSTATE_CLASSES: Final[tuple[str, ...]] = (
+    *("00", "01", "02", "03", "08", "09", "0A", "0B", "0F", "0L", "0P", "0Z", "10"),
+    *("20", "21", "22", "23", "24", "25", "26", "27", "28", "2B", "2D", "2F"),
+    *("34", "38", "39", "3B", "3D", "3F", "40", "42", "44"),
+    *("53", "54", "55", "57", "58", "72", "F0", "HV", "P0", "XX"),
+)
+OTHER: Final = "other"
+
+ERROR_KEYS: Final = tuple(product(ErrorOrigin, (*SQLSTATE_CLASSES, OTHER)))
+CONNECTION_ERROR_KEYS: Final = tuple(
+    (phase, reason) for phase, reasons in CONNECTION_ERRORS.items() for reason in reasons
+)
+CLIENT_KEYS: Final = tuple(product(Listener, ClientOutcome))
+
+FAILED_ACQUIRES: Final = (
+    AcquireOutcome.TIMEOUT,
+    AcquireOutcome.REJECTED,
+    AcquireOutcome.CANCELLED,
+)
+_WAITED: Final = AcquireOutcome.WAITED
+_IMMEDIATE: Final = AcquireOutcome.IMMEDIATE
+
+
+class Histogram:
+    """Counts by classic buckets: bucket i counts bounds[i-1] < v <= bounds[i], the last what is above."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0  # sum of the values
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def count(self) -> int:
+        return sum(self.counts)
+
+
+def _align(bounds: tuple[float, ...]) -> tuple[list[int], list[float]]:
+    """For each bucket of the sketch: the classic bucket its values belong to, and from where on the next.
+
+    A sketch bucket is 2 % wide, so at most one classic bound lies in it: values above that edge
+    belong to the classic bucket that follows.
+    """
+    first = [0] * BUCKETS
+    edge = [inf] * BUCKETS
+    for bound in bounds:
+        index = index_of(bound)
+        edge[index] = bound
+        first[index + 1 :] = [n + 1 for n in first[index + 1 :]]
+    return first, edge
+
+
+_QUERY_FIRST, _QUERY_EDGE = _align(QUERY_BUCKETS)
+
+
+class PoolRecorder:
+    """What happened in one pool since the start. Implements ``events.PoolObserver``.
+
+    Every call to ``acquired_at_once`` or to ``acquired`` with outcome waited opens a lease, which one
+    call to ``released`` ends.
+    """
+
+    __slots__ = (
+        "_failed_acquires",
+        "_immediate",
+        "_peak",
+        "_rollbacks",
+        "_slot",
+        "_used",
+        "_waited",
+        "_waits",
+        "closed",
+        "connection_errors",
+        "creates",
+        "errors",
+        "latency",
+        "name",
+        "opened",
+        "overheads",
+        "ping_durations",
+        "pings",
+        "queries",
+        "reconnects",
+        "slow",
+        "slow_query_threshold",
+        "timeouts",
+        "transactions",
+        "uses",
+    )
+
+    def __init__(self, name: str, slow_query_threshold: float, now: float) -> None:
+        self.name = name
+        self.slow_query_threshold = slow_query_threshold  # seconds
+
+        self._immediate = 0
+        self._waited = 0
+        self._failed_acquires = dict.fromkeys(FAILED_ACQUIRES, 0)
+        self._waits = Histogram(WAIT_BUCKETS)  # of all requests but the immediate ones
+        self._used = 0
+        self._peak = RollingPeak(now)
+        self.uses = Histogram(USE_BUCKETS)
+
+        self.queries = [Histogram(QUERY_BUCKETS) for _ in Operation]
+        self.slow = [0 for _ in Operation]
+        self.latency = RollingQuantiles(now)
+        self._slot = self.latency.slot
+        self.errors = dict.fromkeys(ERROR_KEYS, 0)
+        self.transactions = Histogram(QUERY_BUCKETS)
+        self._rollbacks = 0
+        self.overheads = Histogram(OVERHEAD_BUCKETS)
+
+        self.opened = dict.fromkeys(ConnectReason, 0)
+        self.closed = dict.fromkeys(CloseReason, 0)
+        self.creates = Histogram(WAIT_BUCKETS)
+        self.connection_errors = dict.fromkeys(CONNECTION_ERROR_KEYS, 0)
+        self.reconnects = {True: 0, False: 0}  # by success
+        self.pings = dict.fromkeys(PingOutcome, 0)
+        self.ping_durations = Histogram(WAIT_BUCKETS)
+        self.timeouts = dict.fromkeys(TimeoutKind, 0)
+
+    # The hot path. Figures: one call from Python, interpreted, on the build machine.
+
+    def acquired_at_once(self, used: int) -> None:
+        self._immediate += 1
+        self._used = used
+        if used > self._peak.highest:
+            self._peak.highest = used
+
+    def released(self, held: float) -> None:
+        self._used -= 1
+        uses = self.uses
+        uses.counts[bisect_left(USE_BUCKETS, held)] += 1
+        uses.total += held
+
+    def query_done(self, operation: int, took: float) -> None:
+        # The index of the sketch gives the classic bucket, too: 60 ns less than a second bisect
+        if LOWEST < took < HIGHEST:
+            index = int(log(took) * SCALE + SHIFT)
+        else:
+            index = 0 if took <= LOWEST else LAST
+        self._slot[index] += 1
+        query = self.queries[operation]
+        query.total += took
+        if took > _QUERY_EDGE[index]:
+            query.counts[_QUERY_FIRST[index] + 1] += 1
+        else:
+            query.counts[_QUERY_FIRST[index]] += 1
+
+    def transaction_done(self, committed: bool, took: float) -> None:
+        transactions = self.transactions
+        transactions.counts[bisect_left(QUERY_BUCKETS, took)] += 1
+        transactions.total += took
+        if not committed:
+            self._rollbacks += 1
+
+    # Once a wait, a connection, an error or a ping
+
+    def acquired(self, outcome: AcquireOutcome, waited: float, used: int) -> None:
+        if outcome is _IMMEDIATE:
+            self.acquired_at_once(used)
+            return
+        if outcome is _WAITED:
+            self._waited += 1
+        else:
+            self._failed_acquires[outcome] += 1
+        self._waits.observe(waited)
+        self._used = used
+        if used > self._peak.highest:
+            self._peak.highest = used
+
+    def query_slow(self, operation: int) -> None:
+        self.slow[operation] += 1
+
+    def query_failed(self, origin: ErrorOrigin, sqlstate: str) -> None:
+        key = (origin, sqlstate[:2])
+        if key not in self.errors:
+            key = (origin, OTHER)
+        self.errors[key] += 1
+
+    def overhead(self, took: float) -> None:
+        self.overheads.observe(took)
+
+    def connection_opened(self, reason: ConnectReason, took: float) -> None:
+        self.opened[reason] += 1
+        self.creates.observe(took)
+
+    def connection_closed(self, reason: CloseReason) -> None:
+        self.closed[reason] += 1
+
+    def connection_failed(self, phase: Phase, reason: ErrorReason) -> None:
+        self.connection_errors[phase, reason] += 1
+
+    def reconnected(self, ok: bool) -> None:
+        self.reconnects[ok] += 1
+
+    def pinged(self, outcome: PingOutcome, took: float) -> None:
+        self.pings[outcome] += 1
+        self.ping_durations.observe(took)
+
+    def timed_out(self, kind: TimeoutKind) -> None:
+        self.timeouts[kind] += 1
+
+    # Read at a scrape
+
+    def acquires(self) -> dict[AcquireOutcome, int]:
+        """Requests for a connection by outcome."""
+        return {_IMMEDIATE: self._immediate, _WAITED: self._waited, **self._failed_acquires}
+
+    def acquire_durations(self) -> Histogram:
+        """The times to get a connection, or not to."""
+        durations = Histogram(WAIT_BUCKETS)
+        durations.counts[:] = self._waits.counts
+        durations.counts[0] += self._immediate
+        durations.total = self._waits.total
+        return durations
+
+    def attempts(self) -> tuple[int, int]:
+        """Attempts to get a usable connection: how many went well, how many did not.
+
+        Acquires and pings. A client that gave up waiting says nothing about the server.
+        """
+        failed = self._failed_acquires
+        ok = self._immediate + self._waited + self.pings[PingOutcome.OK]
+        return ok, (
+            failed[AcquireOutcome.TIMEOUT]
+            + failed[AcquireOutcome.REJECTED]
+            + self.pings[PingOutcome.TIMEOUT]
+            + self.pings[PingOutcome.ERROR]
+        )
+
+    def committed_and_rolled_back(self) -> tuple[int, int]:
+        return self.transactions.count() - self._rollbacks, self._rollbacks
+
+    def used_peak(self) -> int:
+        """The most leases at once within the last minute, as of the last ``tick``."""
+        return self._peak.value()
+
+    def tick(self, now: float) -> None:
+        self.latency.advance(now)
+        self._peak.advance(now, self._used)
+
+
+class Recorder:
+    """What happened in the sidecar since the start. Implements ``events.Observer``.
+
+    ``pools`` gives the name and the slow-query threshold (seconds) of each pool.
+    """
+
+    def __init__(
+        self, pools: Sequence[tuple[str, float]], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.clock = clock
+        now = clock()
+        self.pools = {name: PoolRecorder(name, threshold, now) for name, threshold in pools}
+        self.traffic = Traffic()
+        self.clients = dict.fromkeys(CLIENT_KEYS, 0)
+        self.logins_timed_out = 0  # before the client had named its pool
+        self.http_requests: dict[tuple[str, str, int], int] = {}  # by route, method, code
+        self.http_durations: dict[str, Histogram] = {}  # by route
+        self.lags = Histogram(LAG_BUCKETS)
+
+    def pool(self, name: str) -> PoolRecorder:
+        return self.pools[name]
+
+    def client_ended(self, listener: Listener, outcome: ClientOutcome) -> None:
+        self.clients[listener, outcome] += 1
+
+    def login_timed_out(self, pool: str | None) -> None:
+        if pool is None:
+            self.logins_timed_out += 1
+        else:
+            self.pools[pool].timed_out(TimeoutKind.LOGIN)
+
+    def expect_http(self, route: str, method: str, code: int) -> None:
+        """Export requests of this kind from the start, at 0."""
+        self.http_requests.setdefault((route, method, code), 0)
+        self.http_durations.setdefault(route, Histogram(WAIT_BUCKETS))
+
+    def http_request(self, route: str, method: str, code: int, took: float) -> None:
+        self.expect_http(route, method, code)
+        self.http_requests[route, method, code] += 1
+        self.http_durations[route].observe(took)
+
+    def loop_lag(self, late: float) -> None:
+        self.lags.observe(late)
+
+    def tick(self, now: float) -> None:
+        """Move the rolling windows on; every 100 ms."""
+        for pool in self.pools.values():
+            pool.tick(now)
+
+
+class NullPoolRecorder:
+    """Records nothing, at the cost of the calls: what the benchmark compares recording with."""
+
+    __slots__ = ()
+
+    def acquired(self, outcome: AcquireOutcome, waited: float, used: int) -> None: ...
+    def acquired_at_once(self, used: int) -> None: ...
+    def released(self, held: float) -> None: ...
+    def query_done(self, operation: int, took: float) -> None: ...
+    def query_slow(self, operation: int) -> None: ...
+    def query_failed(self, origin: ErrorOrigin, sqlstate: str) -> None: ...
+    def transaction_done(self, committed: bool, took: float) -> None: ...
+    def overhead(self, took: float) -> None: ...
+    def connection_opened(self, reason: ConnectReason, took: float) -> None: ...
+    def connection_closed(self, reason: CloseReason) -> None: ...
+    def connection_failed(self, phase: Phase, reason: ErrorReason) -> None: ...
+    def reconnected(self, ok: bool) -> None: ...
+    def pinged(self, outcome: PingOutcome, took: float) -> None: ...
+    def timed_out(self, kind: TimeoutKind) -> None: ...
+
+
+class NullRecorder:
+    """The ``events.Observer`` of ``NullPoolRecorder``."""
+
+    def __init__(self) -> None:
+        self.traffic = Traffic()
+
+    def pool(self, name: str) -> NullPoolRecorder:
+        return NullPoolRecorder()
+
+    def client_ended(self, listener: Listener, outcome: ClientOutcome) -> None: ...
+    def login_timed_out(self, pool: str | None) -> None: ...
+    def http_request(self, route: str, method: str, code: int, took: float) -> None: ...
+    def loop_lag(self, late: float) -> None: ...

@@ -1,0 +1,159 @@
+"""Is the server there, and is a connection fit for the next client?
+
+Owns the round trips made on connections that nobody leases (ping, rollback, reset), the delay
+between attempts to connect, and the names of what can go wrong. Decides nothing about the pool.
+"""
+
+import random
+import socket
+from collections.abc import Callable, Sequence
+
+from sidecar.errors import ServerError, ServerProtocolError, ServerUnavailable, SidecarError
+from sidecar.events import ErrorReason, Phase
+from sidecar.pool.server import ServerConnection
+from sidecar.protocol import messages as m
+
+PING: tuple[bytes, ...] = (m.query(b""),)
+"""An empty query: a full round trip through the backend that leaves nothing in its statistics."""
+
+ROLLBACK = m.query(b"ROLLBACK")
+DISCARD_ALL = m.query(b"DISCARD ALL")
+"""Two messages: DISCARD ALL refuses to run together with other statements."""
+
+_BACKOFF_FIRST = 0.1  # s
+_BACKOFF_MOST = 5.0  # s: a server that is back is used within seconds
+
+
+class Check:
+    """Sends queries on an unleased connection and waits for as many ReadyForQuery."""
+
+    def __init__(
+        self,
+        server: ServerConnection,
+        queries: Sequence[bytes],
+        done: Callable[[ServerConnection, str], None],
+    ) -> None:
+        """``done(server, sqlstate)`` is called once: "" if all went well, 08006 if it was lost."""
+        self._server = server
+        self._done = done
+        self._owed = len(queries)
+        self._sqlstate = ""
+        self._rest = b""
+        server.receiver = self
+        server.write(b"".join(queries))
+
+    def server_data(self, data: bytes) -> None:
+        data = self._rest + data
+        pos = 0
+        while len(data) - pos >= 5:
+            kind, length = m.HEADER.unpack_from(data, pos)
+            end = pos + 1 + length
+            if end > len(data):
+                break
+            body = data[pos + 5 : end]
+            if kind == m.ERROR_RESPONSE:
+                self._sqlstate = m.sqlstate_of(body)
+            elif kind == m.PARAMETER_STATUS:
+                self._server.remember_parameter(body)
+            elif kind == m.READY_FOR_QUERY:
+                self._owed -= 1
+                self._server.tx_status = body[0] if body else m.FAILED
+            pos = end
+        self._rest = data[pos:]
+        if not self._owed:
+            self._server.receiver = None
+            if self._server.tx_status != m.IDLE:
+                self._sqlstate = self._sqlstate or "25001"  # active_sql_transaction
+            self._done(self._server, self._sqlstate)
+
+    def server_lost(self) -> None:
+        self._done(self._server, ServerUnavailable.sqlstate)
+
+    def server_writable(self, is_writable: bool) -> None:
+        pass  # a check is a few bytes
+
+    def describe(self, now: float) -> str:
+        return "the pool's own check"
+
+
+def clean_up(server: ServerConnection, *, is_dirty: bool) -> tuple[bytes, ...]:
+    """The queries that make a connection fit for the next client; none if it is."""
+    queries = () if server.tx_status == m.IDLE else (ROLLBACK,)
+    return (*queries, DISCARD_ALL) if is_dirty else queries
+
+
+class Backoff:
+    """Delay between attempts: doubles from 0.1 s to 5 s, each with jitter; never gives up."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self.failures = 0
+        self.not_before = 0.0
+
+    def failed(self, now: float) -> float:
+        """Another attempt failed. Returns the delay in seconds."""
+        delay = min(_BACKOFF_MOST, _BACKOFF_FIRST * 2.0 ** min(self.failures, 16))
+        delay *= self._rng.uniform(0.5, 1.0)
+        self.failures += 1
+        self.not_before = now + delay
+        return delay
+
+    def succeeded(self) -> None:
+        self.failures = 0
+        self.not_before = 0.0
+
+
+_BY_SQLSTATE = {
+    "3D000": ErrorReason.DATABASE,
+    "53300": ErrorReason.TOO_MANY_CONNECTIONS,
+    "57P01": ErrorReason.ADMIN_SHUTDOWN,
+    "57P02": ErrorReason.ADMIN_SHUTDOWN,
+    "57P03": ErrorReason.STARTING_UP,
+}
+
+
+def reason_of(sqlstate: str) -> ErrorReason:
+    """The cause that an SQLSTATE of a login stands for."""
+    if sqlstate.startswith("28"):
+        return ErrorReason.AUTH
+    return _BY_SQLSTATE.get(sqlstate, ErrorReason.SERVER_ERROR)
+
+
+def is_permanent(exc: BaseException) -> bool:
+    """Waiting will not help: the server refuses this user or database."""
+    return isinstance(exc, ServerError) and reason_of(exc.sqlstate) in (
+        ErrorReason.AUTH,
+        ErrorReason.DATABASE,
+    )
+
+
+def explain(exc: BaseException, *, has_connected: bool) -> tuple[Phase, ErrorReason]:
+    """Phase and cause of a failed attempt to connect."""
+    phase = Phase.AUTH if has_connected else Phase.CONNECT
+    match exc:
+        case ServerError():
+            return Phase.AUTH, reason_of(exc.sqlstate)
+        case ServerProtocolError():
+            return Phase.AUTH, ErrorReason.PROTOCOL
+        case ServerUnavailable():
+            return Phase.AUTH, ErrorReason.RESET
+        case socket.gaierror():
+            return Phase.CONNECT, ErrorReason.DNS
+        case TimeoutError():
+            return phase, ErrorReason.TIMEOUT
+        case ConnectionRefusedError():
+            return Phase.CONNECT, ErrorReason.REFUSED
+        case ConnectionError():
+            return phase, ErrorReason.RESET
+    return Phase.CONNECT, ErrorReason.UNREACHABLE
+
+
+def describe(exc: BaseException) -> str:
+    """What went wrong, in words for a person."""
+    if isinstance(exc, SidecarError):
+        return exc.message
+    if isinstance(exc, TimeoutError):
+        return "no answer in time"
+    if isinstance(exc, ConnectionRefusedError):
+        return "connection refused"
+    return getattr(exc, "strerror", None) or str(exc) or type(exc).__name__

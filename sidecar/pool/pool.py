@@ -1,0 +1,582 @@
+"""The pool: hands server connections to clients, opens, checks and closes them.
+
+Owns the ``PoolState`` and does the I/O that it asks for. ``acquire`` and ``release`` are plain
+functions and part of the hot path; ``tick`` is called every 100 ms by the service and sweeps every
+deadline. Tasks, all in the service's TaskGroup: one for each connection being opened, one for
+each cancel request.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, Protocol
+
+from sidecar.config import PoolConfig
+from sidecar.errors import (
+    AcquireTimeout,
+    PoolClosed,
+    PoolSaturated,
+    ServerUnavailable,
+    SidecarError,
+)
+from sidecar.events import (
+    AcquireOutcome,
+    CloseReason,
+    ConnectReason,
+    ErrorReason,
+    Phase,
+    PingOutcome,
+    PoolMode,
+    PoolObserver,
+    PoolSnapshot,
+    TimeoutKind,
+    Traffic,
+)
+from sidecar.pool import health
+from sidecar.pool.server import ServerConnection, cancel_query, clock
+from sidecar.pool.state import ConnectionState, PoolState
+from sidecar.protocol import messages as m
+
+log = logging.getLogger("pgsidecar.pool")
+
+CLOSE_TIMEOUT: Final = 10.0
+"""Seconds a server may take to end a backend that was told to go; its place stays taken so long."""
+
+CANCEL_TIMEOUT: Final = 10.0  # s
+
+_LIFETIME_JITTER: Final = 0.1
+"""Connections opened together must not all be replaced together."""
+
+Spawn = Callable[[Coroutine[Any, Any, None]], object]
+
+
+class Waiter(Protocol):
+    """A client that waits for a connection."""
+
+    deadline: float
+    waiting_since: float
+
+    def granted(self, server: ServerConnection, now: float) -> None: ...
+
+    def refused(self, error: SidecarError) -> None: ...
+
+
+class Pool:
+    def __init__(
+        self,
+        config: PoolConfig,
+        observer: PoolObserver,
+        traffic: Traffic,
+        spawn: Spawn,
+        rng: random.Random | None = None,
+    ) -> None:
+        self.config: Final = config
+        self.name: Final = config.name
+        self.observer: Final = observer
+        self.traffic: Final = traffic
+        self.state: Final[PoolState[ServerConnection, Waiter]] = PoolState(
+            config.max_size, config.min_idle, config.max_waiting
+        )
+        self.resets_always: Final = config.mode is PoolMode.SESSION
+        self.is_closing = False
+        self.is_up = False
+        self.last_ping = 0.0  # unix time
+        self.last_failure: BaseException | None = None
+        self.parameters: dict[bytes, bytes] = {}
+        """ParameterStatus of the first connection: what a client is told at its login."""
+        self._spawn: Final = spawn
+        self._rng: Final = rng or random.Random()
+        self._backoff: Final = health.Backoff(self._rng)
+        self._owed = 0  # lost connections not yet replaced
+        self._next_ping = 0.0
+        self._ping_started: dict[ServerConnection, float] = {}
+        self._logins: set[asyncio.Future[None]] = set()
+
+    def __repr__(self) -> str:
+        return f"<Pool {self.name!r} {self.state!r}>"
+
+    def start(self, now: float) -> None:
+        """Begin to open the warm connections; the first idle one is pinged at once."""
+        self._next_ping = now
+        self._grow(now)
+
+    # -- acquire and release (hot path) --------------------------------------------------------
+
+    def acquire(self, waiter: Waiter, now: float) -> ServerConnection | None:
+        """A connection at once, or None: the waiter is queued and gets ``granted`` or ``refused``.
+
+        Raises PoolClosed or PoolSaturated.
+        """
+        server = self.state.take_idle()
+        if server is None:
+            self._enqueue(waiter, now)
+            return None
+        server.leased_at = now
+        self.observer.acquired_at_once(len(self.state.active))
+        return server
+
+    def release(self, server: ServerConnection, now: float) -> None:
+        """The lease is over: the server said ReadyForQuery and nothing is outstanding.
+
+        A transaction left open (its client is gone) is rolled back before the next lease.
+        """
+        self.observer.released(now - server.leased_at)
+        server.receiver = None
+        if server.cancels or server.is_dirty or self.resets_always or server.tx_status != m.IDLE:
+            self.state.move(server, ConnectionState.CHECKING)
+            self._make_fit(server, now)
+        else:
+            self._hand_over(server, now)
+
+    def _hand_over(self, server: ServerConnection, now: float) -> None:
+        """A fit connection goes to the next waiter or becomes idle."""
+        state = self.state
+        if now >= server.age_limit or self.is_closing:
+            reason = CloseReason.SHUTDOWN if self.is_closing else CloseReason.MAX_LIFETIME
+            self._close(server, reason, now)
+            return
+        waiter = state.next_waiter()
+        if waiter is None:
+            server.status_since = now
+            state.move(server, ConnectionState.IDLE)
+            return
+        if server.state is not ConnectionState.ACTIVE:
+            state.move(server, ConnectionState.ACTIVE)
+        server.leased_at = now
+        waited = now - waiter.waiting_since
+        self.observer.acquired(AcquireOutcome.WAITED, waited, len(state.active))
+        waiter.granted(server, now)
+
+    def _enqueue(self, waiter: Waiter, now: float) -> None:
+        if self.is_closing:
+            self._refused()
+            raise PoolClosed(f"pool {self.name!r} is closing")
+        if not self.state.can_wait():
+            self._refused()
+            limit = self.config.max_waiting
+            raise PoolSaturated(
+                f"{limit} clients wait for a connection from pool {self.name!r} already",
+                detail=self._who_holds(now),
+                hint=f"The limit is max_waiting ({limit}).",
+            )
+        waiter.waiting_since = now
+        waiter.deadline = now + self.config.acquire_timeout
+        self.state.enqueue(waiter)
+        self._grow(now)
+
+    def _refused(self) -> None:
+        self.observer.acquired(AcquireOutcome.REJECTED, 0.0, len(self.state.active))
+        self.observer.connection_failed(Phase.ACQUIRE, ErrorReason.REJECTED)
+
+    def abandon(self, waiter: Waiter, now: float) -> None:
+        """The client left or cancelled while it waited."""
+        if self.state.abandon(waiter):
+            waited = now - waiter.waiting_since
+            self.observer.acquired(AcquireOutcome.CANCELLED, waited, len(self.state.active))
+
+    def discard(self, server: ServerConnection, reason: CloseReason, now: float) -> None:
+        """In doubt: close it. What it still runs is cancelled, lest its backend outlives it."""
+        self.observer.released(now - server.leased_at)
+        if server.expected:
+            self.cancel(server)
+        self._close(server, reason, now)
+
+    def cancel(self, server: ServerConnection) -> None:
+        """Cancel what this connection runs. It is not handed on before the signal has arrived."""
+        server.cancels += 1
+        self._spawn(self._cancel(server))
+
+    async def _cancel(self, server: ServerConnection) -> None:
+        try:
+            await cancel_query(server, clock() + CANCEL_TIMEOUT)
+        except (OSError, TimeoutError) as exc:
+            log.warning(
+                "cancel request failed", extra={"pool": self.name, "cause": health.describe(exc)}
+            )
+            # The signal may still come, and hit whoever is next.
+            server.age_limit = 0.0
+        finally:
+            server.cancels -= 1
+        if server.state is ConnectionState.CHECKING and server.receiver is None:
+            self._make_fit(server, clock())
+
+    def _make_fit(self, server: ServerConnection, now: float) -> None:
+        """Roll back, reset where session state was left behind, then hand over."""
+        if server.cancels:
+            return  # _cancel comes back
+        queries = health.clean_up(server, is_dirty=server.is_dirty or self.resets_always)
+        if not queries:
+            self._hand_over(server, now)
+            return
+        server.deadline = now + self.config.ping_timeout
+        health.Check(server, queries, self._was_reset)
+
+    def _was_reset(self, server: ServerConnection, sqlstate: str) -> None:
+        now = clock()
+        if server.state is not ConnectionState.CHECKING:
+            return
+        if sqlstate:
+            self._close(server, CloseReason.RESET_FAILED, now)
+            return
+        if server.is_dirty or self.resets_always:
+            server.prepared.clear()
+            server.settings = None
+            server.is_dirty = False
+            server.pin = None
+        self._hand_over(server, now)
+
+    # -- opening and closing -------------------------------------------------------------------
+
+    def _grow(self, now: float) -> None:
+        """Open what is missing: all of it, or one at a time while the server refuses."""
+        if self.is_closing:
+            return
+        missing = self.state.missing()
+        if self._backoff.failures:
+            is_trying = bool(self.state.by_state[ConnectionState.CONNECTING])
+            missing = 0 if is_trying or now < self._backoff.not_before else min(missing, 1)
+        for _ in range(missing):
+            self._start_opening()
+
+    def _start_opening(self) -> None:
+        if self._owed:
+            reason = ConnectReason.RECONNECT
+        elif self.state.waiters or self._logins:
+            reason = ConnectReason.DEMAND
+        else:
+            reason = ConnectReason.WARM
+        server = ServerConnection(self, self.config.target, self.traffic)
+        self.state.add(server)
+        self._spawn(self._open(server, reason))
+
+    async def _open(self, server: ServerConnection, reason: ConnectReason) -> None:
+        started = clock()
+        try:
+            async with asyncio.timeout_at(started + self.config.connect_timeout):
+                await server.open()
+        except (OSError, SidecarError) as exc:  # TimeoutError is an OSError
+            self._open_failed(server, reason, exc)
+        except BaseException:
+            self.state.remove(server)
+            server.abort()
+            raise
+        else:
+            self._opened(server, reason, started)
+
+    def _open_failed(
+        self, server: ServerConnection, reason: ConnectReason, exc: BaseException
+    ) -> None:
+        now = clock()
+        self.state.remove(server)
+        server.abort()
+        phase, cause = health.explain(exc, has_connected=server.transport is not None)
+        self.observer.connection_failed(phase, cause)
+        if cause is ErrorReason.TIMEOUT:
+            self.observer.timed_out(TimeoutKind.CONNECT)
+        if reason is ConnectReason.RECONNECT:
+            self.observer.reconnected(False)
+        self.last_failure = exc
+        if not self.state.established:
+            self.is_up = False
+        delay = self._backoff.failed(now)
+        log.warning(
+            "cannot connect to the server",
+            extra={
+                "pool": self.name,
+                "server": self.config.target.describe(),
+                "cause": health.describe(exc),
+                "attempt": self._backoff.failures,
+                "next_attempt_in": round(delay, 3),
+            },
+        )
+        if health.is_permanent(exc) and not self.state.established:
+            self._refuse_all(exc)
+
+    def _opened(self, server: ServerConnection, reason: ConnectReason, started: float) -> None:
+        now = clock()
+        if server.state is not ConnectionState.CONNECTING:
+            return  # closed meanwhile
+        if self._backoff.failures:
+            log.info("the server accepts connections again", extra={"pool": self.name})
+        self._backoff.succeeded()
+        self.is_up = True
+        self.last_failure = None
+        if not self.parameters:
+            self.parameters = dict(server.parameters)
+        self._end_logins(None)
+        server.opened_at = now
+        server.status_since = now
+        lifetime = self.config.max_lifetime
+        server.age_limit = now + lifetime * self._rng.uniform(1.0 - _LIFETIME_JITTER, 1.0)
+        self.observer.connection_opened(reason, now - started)
+        if reason is ConnectReason.RECONNECT:
+            self._owed = max(0, self._owed - 1)
+            self.observer.reconnected(True)
+        log.debug("server connection opened", extra={"pool": self.name, "backend_pid": server.pid})
+        self._hand_over(server, now)
+        self._grow(now)
+
+    def _close(self, server: ServerConnection, reason: CloseReason, now: float) -> None:
+        server.deadline = now + CLOSE_TIMEOUT
+        server.close(reason)
+        self.state.move(server, ConnectionState.CLOSING)
+
+    def lost(self, server: ServerConnection) -> None:
+        """The socket of a server connection is closed, by whomever."""
+        was = server.state
+        if was is ConnectionState.CONNECTING or not self.state.remove(server):
+            return  # its attempt reports
+        now = clock()
+        self._ping_started.pop(server, None)
+        reason = server.close_reason
+        self.observer.connection_closed(reason)
+        if was is not ConnectionState.CLOSING:
+            self._owed += 1
+            if was is ConnectionState.ACTIVE:
+                self.observer.released(now - server.leased_at)
+                cause = health.reason_of(server.last_error)
+                if cause is not ErrorReason.ADMIN_SHUTDOWN:
+                    cause = ErrorReason.RESET
+                self.observer.connection_failed(Phase.QUERY, cause)
+        log.log(
+            logging.WARNING if reason is CloseReason.SERVER_CLOSED else logging.DEBUG,
+            "server connection closed",
+            extra={
+                "pool": self.name,
+                "reason": reason.value,
+                "backend_pid": server.pid,
+                "age": round(now - server.opened_at, 3),
+                "sqlstate": server.last_error,
+            },
+        )
+        self._grow(now)
+
+    # -- logins --------------------------------------------------------------------------------
+
+    async def wait_for_parameters(self, deadline: float) -> None:
+        """Return once a server connection has told us the server's parameters.
+
+        Raises ServerUnavailable at the deadline, and the server's own refusal where it is one.
+        """
+        if self.parameters:
+            return
+        if self.last_failure is not None and health.is_permanent(self.last_failure):
+            raise self.last_failure
+        known: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._logins.add(known)
+        try:
+            self._open_for_logins(clock())
+            async with asyncio.timeout_at(deadline):
+                await known
+        except TimeoutError:
+            raise self._unavailable() from self.last_failure
+        finally:
+            self._logins.discard(known)
+
+    def _open_for_logins(self, now: float) -> None:
+        """A login needs one connection, which with ``min_idle`` 0 nobody else has opened."""
+        if (
+            self._logins
+            and not self.state.size
+            and not self.is_closing
+            and now >= self._backoff.not_before
+        ):
+            self._start_opening()
+
+    def _end_logins(self, error: BaseException | None) -> None:
+        for known in self._logins:
+            if not known.done():
+                if error is None:
+                    known.set_result(None)
+                else:
+                    known.set_exception(error)
+
+    def _unavailable(self) -> ServerUnavailable:
+        cause = "" if self.last_failure is None else f": {health.describe(self.last_failure)}"
+        return ServerUnavailable(
+            f"pool {self.name!r} cannot reach PostgreSQL at {self.config.target.describe()}{cause}",
+            hint="The pool keeps trying; retry later.",
+        )
+
+    # -- the janitor ---------------------------------------------------------------------------
+
+    def tick(self, now: float) -> None:
+        """Sweep every deadline; called every 100 ms."""
+        while (waiter := self.state.overdue(now)) is not None:
+            self._time_out(waiter, now)
+        self._sweep_connections(now)
+        self._note_slow_queries(now)
+        if now >= self._next_ping and not self.is_closing:
+            self._ping_all(now)
+        self._open_for_logins(now)
+        self._grow(now)
+
+    def _time_out(self, waiter: Waiter, now: float) -> None:
+        waited = now - waiter.waiting_since
+        error: SidecarError
+        if self.state.established:
+            waiting = len(self.state.waiters) + 1
+            error = AcquireTimeout(
+                f"no connection from pool {self.name!r} in {waited:.1f} s ({waiting} waiting)",
+                detail=self._who_holds(now),
+                hint="Look for transactions left open and for slow queries; if all is busy for good "
+                f"reason, raise max_size ({self.config.max_size}).",
+            )
+        else:
+            error = self._unavailable()
+        self.observer.acquired(AcquireOutcome.TIMEOUT, waited, len(self.state.active))
+        self.observer.connection_failed(Phase.ACQUIRE, ErrorReason.TIMEOUT)
+        self.observer.timed_out(TimeoutKind.ACQUIRE)
+        waiter.refused(error)
+
+    def _refuse_all(self, error: BaseException) -> None:
+        """The server refuses this user or database: nobody needs to wait for that."""
+        assert isinstance(error, SidecarError)
+        self._end_logins(error)
+        while (waiter := self.state.next_waiter()) is not None:
+            self._refused()
+            waiter.refused(error)
+
+    def _sweep_connections(self, now: float) -> None:
+        for server in list(self.state.by_state[ConnectionState.CLOSING]):
+            if now >= server.deadline:
+                server.abort()
+        for server in list(self.state.by_state[ConnectionState.CHECKING]):
+            if server.receiver is not None and now >= server.deadline:
+                self._check_timed_out(server, now)
+        surplus = self.state.surplus()
+        for server in list(self.state.idle):  # longest unused first
+            if now >= server.age_limit:
+                self._close(server, CloseReason.MAX_LIFETIME, now)
+                surplus -= 1
+            elif surplus > 0 and now - server.status_since >= self.config.idle_timeout:
+                self._close(server, CloseReason.IDLE_TIMEOUT, now)
+                surplus -= 1
+
+    def _note_slow_queries(self, now: float) -> None:
+        threshold = self.config.slow_query_threshold
+        for server in self.state.active:
+            if (
+                server.operations
+                and not server.query_is_slow
+                and now - server.query_started >= threshold
+            ):
+                server.query_is_slow = True
+                self.observer.query_slow(server.operations[0])
+
+    # -- pings ---------------------------------------------------------------------------------
+
+    def _ping_all(self, now: float) -> None:
+        """Ping what is idle. While all are in use, the ping stays due; where there is none (a pool
+        with ``min_idle`` 0), one is opened: health is known of every pool."""
+        if self.state.idle:
+            self._next_ping = now + self.config.ping_interval
+            for server in list(self.state.idle):
+                self._ping(server, now)
+        elif not self.state.size and now >= self._backoff.not_before:
+            self._start_opening()
+
+    def _ping(self, server: ServerConnection, now: float) -> None:
+        self.state.move(server, ConnectionState.CHECKING)
+        server.deadline = now + self.config.ping_timeout
+        self._ping_started[server] = now
+        health.Check(server, health.PING, self._was_pinged)
+
+    def _was_pinged(self, server: ServerConnection, sqlstate: str) -> None:
+        now = clock()
+        took = now - self._ping_started.pop(server, now)
+        if not sqlstate:
+            self.is_up = True
+            self.last_ping = time.time()
+            self.observer.pinged(PingOutcome.OK, took)
+            idle_since = server.status_since
+            self._hand_over(server, now)
+            if server.state is ConnectionState.IDLE:
+                server.status_since = idle_since  # a ping is no use
+            return
+        self.is_up = False
+        self.observer.pinged(PingOutcome.ERROR, took)
+        is_lost = sqlstate == ServerUnavailable.sqlstate
+        cause = ErrorReason.RESET if is_lost else ErrorReason.SERVER_ERROR
+        self.observer.connection_failed(Phase.PING, cause)
+        if not is_lost:
+            self._close(server, CloseReason.PING_FAILED, now)
+
+    def _check_timed_out(self, server: ServerConnection, now: float) -> None:
+        started = self._ping_started.pop(server, None)
+        if started is None:
+            self._close(server, CloseReason.RESET_FAILED, now)
+            return
+        self.is_up = False
+        self._owed += 1
+        self.observer.pinged(PingOutcome.TIMEOUT, now - started)
+        self.observer.connection_failed(Phase.PING, ErrorReason.TIMEOUT)
+        log.warning("ping not answered in time", extra={"pool": self.name})
+        self._close(server, CloseReason.PING_TIMEOUT, now)
+
+    # -- telling ---------------------------------------------------------------------------------
+
+    def snapshot(self, now: float) -> PoolSnapshot:
+        state, target = self.state, self.config.target
+        active, idle = len(state.active), len(state.idle)
+        running = [s for s in state.active if s.operations]
+        open_idle = [s for s in state.active if s.tx_status != m.IDLE and not s.expected]
+        first = next(iter(state.waiters), None)
+        return PoolSnapshot(
+            name=self.name,
+            mode=self.config.mode,
+            database=target.database,
+            user=target.user,
+            server=target.describe(),
+            used=active,
+            idle=idle,
+            connecting=state.size - active - idle,
+            max_size=state.max_size,
+            min_idle=state.min_idle,
+            pending=len(state.waiters),
+            oldest_wait=0.0 if first is None else now - first.waiting_since,
+            is_up=self.is_up,
+            last_ping=self.last_ping,
+            queries_in_flight=len(running),
+            longest_running_query=max((now - s.query_started for s in running), default=0.0),
+            longest_idle_in_transaction=max((now - s.status_since for s in open_idle), default=0.0),
+            slow_query_threshold=self.config.slow_query_threshold,
+        )
+
+    def why_down(self) -> str:
+        """The cause of the last failure to connect, for a person; empty if there is none."""
+        return "" if self.last_failure is None else health.describe(self.last_failure)
+
+    def _who_holds(self, now: float) -> str:
+        """What has the pool: for the error of a client that waited in vain."""
+        active = list(self.state.active)
+        if not active:
+            return f"0 of {self.config.max_size} connections in use."
+        left_open = sum(1 for s in active if not s.expected and s.tx_status != m.IDLE)
+        oldest = min(active, key=lambda s: s.leased_at)
+        who = "a client that is gone" if oldest.receiver is None else oldest.receiver.describe(now)
+        return (
+            f"{len(active)} of {self.config.max_size} connections in use, {left_open} of them idle in "
+            f"a transaction. The oldest lease is {now - oldest.leased_at:.1f} s old: {who}."
+        )
+
+    # -- the end ---------------------------------------------------------------------------------
+
+    def close(self, now: float) -> None:
+        """Refuse whoever waits, close what is not leased; leased connections close on release."""
+        self.is_closing = True
+        error = PoolClosed(f"pool {self.name!r} is closing")
+        self._end_logins(error)
+        while (waiter := self.state.next_waiter()) is not None:
+            self._refused()
+            waiter.refused(error)
+        for server in [*self.state.idle, *self.state.by_state[ConnectionState.CHECKING]]:
+            self._close(server, CloseReason.SHUTDOWN, now)
+
+    def abort(self) -> None:
+        """Close every socket now."""
+        for servers in self.state.by_state:
+            for server in list(servers):
+                server.abort()

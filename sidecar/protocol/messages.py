@@ -1,0 +1,163 @@
+"""Messages of the PostgreSQL wire protocol, version 3: type bytes and encoders.
+
+Pure. Names are those of the manual (PostgreSQL 18, chapter 54 "Frontend/Backend Protocol"; formats
+in 54.7). Encoders return complete messages, ready to be written.
+"""
+
+import struct
+from collections.abc import Iterable
+
+# Client to server
+BIND = 0x42  # B
+CLOSE = 0x43  # C
+COPY_DATA = 0x64  # d, both ways
+COPY_DONE = 0x63  # c, both ways
+COPY_FAIL = 0x66  # f
+DESCRIBE = 0x44  # D
+EXECUTE = 0x45  # E
+FLUSH = 0x48  # H
+FUNCTION_CALL = 0x46  # F
+PARSE = 0x50  # P
+PASSWORD = 0x70  # p: PasswordMessage, SASLInitialResponse, SASLResponse
+QUERY = 0x51  # Q
+SYNC = 0x53  # S
+TERMINATE = 0x58  # X
+
+# Server to client
+AUTHENTICATION = 0x52  # R
+BACKEND_KEY_DATA = 0x4B  # K
+BIND_COMPLETE = 0x32  # 2
+CLOSE_COMPLETE = 0x33  # 3
+COMMAND_COMPLETE = 0x43  # C
+COPY_BOTH_RESPONSE = 0x57  # W
+COPY_IN_RESPONSE = 0x47  # G
+COPY_OUT_RESPONSE = 0x48  # H
+DATA_ROW = 0x44  # D
+EMPTY_QUERY_RESPONSE = 0x49  # I
+ERROR_RESPONSE = 0x45  # E
+FUNCTION_CALL_RESPONSE = 0x56  # V
+NEGOTIATE_PROTOCOL_VERSION = 0x76  # v
+NO_DATA = 0x6E  # n
+NOTICE_RESPONSE = 0x4E  # N
+NOTIFICATION_RESPONSE = 0x41  # A
+PARAMETER_DESCRIPTION = 0x74  # t
+PARAMETER_STATUS = 0x53  # S
+PARSE_COMPLETE = 0x31  # 1
+PORTAL_SUSPENDED = 0x73  # s
+READY_FOR_QUERY = 0x5A  # Z
+ROW_DESCRIPTION = 0x54  # T
+
+# Transaction status of ReadyForQuery
+IDLE = 0x49  # I
+IN_TRANSACTION = 0x54  # T
+FAILED = 0x45  # E
+
+# Authentication requests (54.7, "Authentication*")
+AUTH_OK = 0
+AUTH_CLEARTEXT = 3
+AUTH_MD5 = 5
+AUTH_SASL = 10
+AUTH_SASL_CONTINUE = 11
+AUTH_SASL_FINAL = 12
+
+HEADER = struct.Struct("!BI")
+"""Type byte and length; the length counts itself but not the type."""
+
+_INT = struct.Struct("!I")
+
+PARSE_COMPLETE_MESSAGE = b"1\x00\x00\x00\x04"
+SYNC_MESSAGE = b"S\x00\x00\x00\x04"
+TERMINATE_MESSAGE = b"X\x00\x00\x00\x04"
+READY_IDLE_MESSAGE = b"Z\x00\x00\x00\x05I"
+
+
+def message(kind: int, body: bytes) -> bytes:
+    """One message: type, length, body."""
+    return HEADER.pack(kind, len(body) + 4) + body
+
+
+def query(sql: bytes) -> bytes:
+    return message(QUERY, sql + b"\0")
+
+
+def parse(name: bytes, rest: bytes) -> bytes:
+    """Parse; ``rest`` is what follows the statement's name: query, NUL, parameter types."""
+    return message(PARSE, name + b"\0" + rest)
+
+
+def close_statement(name: bytes) -> bytes:
+    return message(CLOSE, b"S" + name + b"\0")
+
+
+def authentication(code: int, data: bytes = b"") -> bytes:
+    return message(AUTHENTICATION, _INT.pack(code) + data)
+
+
+def password(data: bytes) -> bytes:
+    """PasswordMessage or SASLResponse."""
+    return message(PASSWORD, data)
+
+
+def sasl_initial_response(mechanism: bytes, data: bytes) -> bytes:
+    return message(PASSWORD, mechanism + b"\0" + _INT.pack(len(data)) + data)
+
+
+def parameter_status(name: bytes, value: bytes) -> bytes:
+    return message(PARAMETER_STATUS, name + b"\0" + value + b"\0")
+
+
+def backend_key_data(pid: int, secret: bytes) -> bytes:
+    return message(BACKEND_KEY_DATA, _INT.pack(pid) + secret)
+
+
+def negotiate_protocol_version(minor: int, options: Iterable[bytes]) -> bytes:
+    """The newest minor version we speak and the ``_pq_.`` options we do not know."""
+    unknown = list(options)
+    body = _INT.pack(minor) + _INT.pack(len(unknown)) + b"".join(o + b"\0" for o in unknown)
+    return message(NEGOTIATE_PROTOCOL_VERSION, body)
+
+
+def error_response(
+    severity: str, sqlstate: str, text: str, *, detail: str = "", hint: str = ""
+) -> bytes:
+    """ErrorResponse with the fields S, V, C, M and, where given, D and H (54.8)."""
+    fields = [
+        b"S" + severity.encode(),
+        b"V" + severity.encode(),
+        b"C" + sqlstate.encode(),
+        b"M" + _printable(text),
+    ]
+    if detail:
+        fields.append(b"D" + _printable(detail))
+    if hint:
+        fields.append(b"H" + _printable(hint))
+    return message(ERROR_RESPONSE, b"\0".join(fields) + b"\0\0")
+
+
+def _printable(text: str) -> bytes:
+    """A NUL would end the field early, and the message with it."""
+    return text.replace("\0", "?").encode("utf-8", "replace")
+
+
+def error_fields(body: bytes) -> dict[str, str]:
+    """The fields of an ErrorResponse or NoticeResponse by their letter; tolerates a cut-off body."""
+    fields: dict[str, str] = {}
+    for part in body.split(b"\0"):
+        if part:
+            fields.setdefault(chr(part[0]), part[1:].decode("utf-8", "replace"))
+    return fields
+
+
+def sqlstate_of(body: bytes) -> str:
+    """The SQLSTATE of an ErrorResponse, ``XX000`` if it has none that is one."""
+    at = body.find(b"\0C")
+    code = body[at + 2 : at + 7] if at >= 0 else body[1:6] if body[:1] == b"C" else b""
+    if len(code) == 5 and code.isalnum() and code.isascii():
+        return code.decode("ascii")
+    return "XX000"
+
+
+def name_and_value(body: bytes) -> tuple[bytes, bytes]:
+    """The two strings of a ParameterStatus. Raises ValueError if there are not two."""
+    name, value, _ = body.split(b"\0", 2)
+    return name, value

@@ -1,0 +1,80 @@
+"""What replies a server connection owes, in order: the ledger between requests and replies.
+
+Pure. For every message that is forwarded and has a reply of its own, ``ServerConnection.expected``
+gets one entry: the message's type byte, or one of the codes below. The server answers strictly in
+order (54.2.3), so the head of the ledger tells what the next reply belongs to, and whether the
+client is to see it. After an error in the extended protocol the server skips to the next Sync, and
+so does the ledger; what the skipped messages had changed in our books is undone.
+"""
+
+from typing import Final
+
+from sidecar.pool.server import Prepared, ServerConnection
+from sidecar.protocol import messages as m
+
+# Codes below any message type. The first two have no reply of the server's own.
+FAKE_PARSE: Final = 1  # the client's Parse was not sent: the statement is there; we answer
+COPY_END: Final = 2  # CopyDone or CopyFail
+AUTOMATIC: Final = 2  # codes up to here are settled when they come to the head
+PARSE_NAMED: Final = 3  # the client's Parse of a named statement, renamed
+CLOSE_NAMED: Final = 4
+OUR_PARSE: Final = 5  # of a named statement; the client did not ask for it
+OUR_UNNAMED_PARSE: Final = 6
+OUR_CLOSE: Final = 7
+SETUP: Final = 8  # our Query that carries over settings
+
+_WITH_UNDO: Final = frozenset({FAKE_PARSE, PARSE_NAMED, CLOSE_NAMED, OUR_PARSE, OUR_CLOSE})
+
+Undo = tuple[dict[bytes, Prepared] | None, bytes, Prepared]
+"""The client's statements (None: not concerned), the client's name, the statement."""
+
+
+def remove_ignored_syncs(server: ServerConnection) -> bool:
+    """The server is in copy-in mode: it ignores each Sync up to CopyDone or CopyFail (54.2.6).
+
+    libpq sends such a Sync along with the Execute of a COPY. Returns whether the end of the copy
+    has been sent already.
+    """
+    kept: list[int] = []
+    has_ended = False
+    for at, code in enumerate(server.expected):
+        if code == COPY_END:
+            has_ended = True
+        if at and code == m.SYNC and not has_ended:
+            continue
+        kept.append(code)
+    server.expected.clear()
+    server.expected.extend(kept)
+    return has_ended
+
+
+def skip_to_sync(server: ServerConnection) -> int:
+    """An error in the extended protocol: drop what the server will skip, undo it in our books.
+
+    Returns how many queries are dropped. If no Sync has been sent yet, the server goes on
+    skipping: ``server.is_skipping``.
+    """
+    expected = server.expected
+    queries = 0
+    while expected and expected[0] != m.SYNC:
+        code = expected.popleft()
+        if code in (m.EXECUTE, m.QUERY, m.FUNCTION_CALL):
+            queries += 1
+        elif code in _WITH_UNDO:
+            _undo(server, code)
+    server.is_skipping = not expected
+    return queries
+
+
+def _undo(server: ServerConnection, code: int) -> None:
+    statements, name, statement = server.undo.popleft()
+    if code in (PARSE_NAMED, OUR_PARSE):
+        server.prepared.pop(statement, None)
+    elif code == OUR_CLOSE:
+        server.prepared[statement] = None
+    if statements is None:
+        return
+    if code == CLOSE_NAMED:
+        statements.setdefault(name, statement)
+    elif statements.get(name) is statement:
+        del statements[name]

@@ -1,0 +1,202 @@
+"""Accepts PostgreSQL clients over TCP and a Unix socket.
+
+Owns the listening sockets, the limit on clients, who may log in, and the keys by which a
+CancelRequest finds its client. One task for each client in login (see ``session``).
+"""
+
+import asyncio
+import hmac
+import logging
+import secrets
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from sidecar.config import Config, PoolConfig
+from sidecar.errors import ConfigError, PoolClosed, PoolSaturated
+from sidecar.events import ClientOutcome, Listener, Observer
+from sidecar.pool.pool import Spawn
+from sidecar.protocol.authentication import ScramVerifier, make_verifier, mock_verifier
+from sidecar.protocol.startup import CancelRequest
+from sidecar.proxy.relay import PoolTables, Relay
+from sidecar.proxy.session import Session
+
+log = logging.getLogger("pgsidecar.proxy")
+
+_BACKLOG: Final = 1024
+
+_LOGINS_BEYOND: Final = 100
+"""Sockets beyond ``max_clients`` that may be in login, to be told why they are refused."""
+
+
+class PgListener:
+    def __init__(
+        self,
+        config: Config,
+        tables: Mapping[str, PoolTables],
+        observer: Observer,
+        spawn: Spawn,
+    ) -> None:
+        self._config: Final = config
+        self._tables: Final = tables
+        self._observer: Final = observer
+        self._spawn: Final = spawn
+        self._servers: list[asyncio.Server] = []
+        self._socket_path: Path | None = None
+        self._verifiers: dict[tuple[str | None, str], ScramVerifier] = {}
+        self._logins: set[Session] = set()
+        self._relays: dict[int, Relay] = {}
+        self._next_pid = secrets.randbelow(1 << 30) + 1
+        self.is_draining = False
+        self.traffic: Final = observer.traffic
+        self.login_timeout: Final = config.listen.login_timeout
+        self.address: tuple[str, int] = (config.listen.host, config.listen.port)
+
+    # -- sockets -------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Listen. Raises ConfigError if an address cannot be used."""
+        listen = self._config.listen
+        if listen.auth != "trust":
+            await asyncio.to_thread(self._make_verifiers)
+        loop = asyncio.get_running_loop()
+        if listen.host:
+            try:
+                server = await loop.create_server(
+                    self._accept, listen.host, listen.port, backlog=_BACKLOG
+                )
+            except OSError as exc:
+                raise ConfigError(
+                    f"listen: cannot listen on {listen.host}:{listen.port}: {exc.strerror or exc}"
+                ) from exc
+            self._servers.append(server)
+            self.address = server.sockets[0].getsockname()[:2]
+        if listen.unix_socket_dir is not None:
+            await self._listen_on_unix_socket(Path(listen.unix_socket_dir))
+
+    async def _listen_on_unix_socket(self, folder: Path) -> None:
+        path = folder / f".s.PGSQL.{self.address[1]}"
+        try:
+            _remove_stale_socket(path)
+            server = await asyncio.get_running_loop().create_unix_server(
+                self._accept, str(path), backlog=_BACKLOG
+            )
+            path.chmod(0o777)  # as PostgreSQL's: who may enter is a matter of authentication
+        except OSError as exc:
+            raise ConfigError(
+                f"listen.unix_socket_dir: cannot listen on {path}: {exc.strerror or exc}"
+            ) from exc
+        self._servers.append(server)
+        self._socket_path = path
+
+    def _accept(self) -> Any:  # a protocol by shape, which typeshed cannot see
+        session = Session(self)
+        self._logins.add(session)
+        self._spawn(self._welcome(session))
+        return session
+
+    async def _welcome(self, session: Session) -> None:
+        if self.clients >= self._config.listen.max_clients + _LOGINS_BEYOND:
+            session.abort()
+            self.login_ended(session, ClientOutcome.REJECTED)
+            return
+        await session.run()
+
+    def stop_accepting(self) -> None:
+        """Close the listening sockets and let every client go as soon as it has no lease."""
+        self.is_draining = True
+        for server in self._servers:
+            server.close()
+        if self._socket_path is not None:
+            self._socket_path.unlink(missing_ok=True)
+        for relay in list(self._relays.values()):
+            relay.shut_down()
+
+    def end_all(self) -> None:
+        """Close the clients that are still there."""
+        for relay in list(self._relays.values()):
+            relay.end("terminating connection because the connection pool shuts down")
+        for session in list(self._logins):
+            session.abort()
+
+    # -- clients -------------------------------------------------------------------------------
+
+    @property
+    def clients(self) -> int:
+        """Client connections now, those in login included."""
+        return len(self._relays) + len(self._logins)
+
+    def pool_for(self, database: str) -> PoolConfig:
+        return self._config.pool_for(database)
+
+    def tables(self, pool: str) -> PoolTables:
+        return self._tables[pool]
+
+    def admit(self) -> None:
+        limit = self._config.listen.max_clients
+        if self.is_draining:
+            raise PoolClosed("the connection pool is shutting down")
+        if len(self._relays) >= limit:
+            raise PoolSaturated(
+                "sorry, too many clients already",
+                detail=f"{limit} clients are connected to the pool.",
+                hint="The limit is listen.max_clients.",
+            )
+
+    def register(self, relay: Relay) -> None:
+        """Give the relay its cancel key."""
+        while self._next_pid in self._relays:
+            self._next_pid = self._next_pid % 0x7FFFFFFF + 1
+        relay.pid = self._next_pid
+        relay.secret = secrets.token_bytes(4)
+        self._relays[relay.pid] = relay
+        self._next_pid = self._next_pid % 0x7FFFFFFF + 1
+
+    def gone(self, relay: Relay) -> None:
+        self._relays.pop(relay.pid, None)
+
+    def cancel(self, request: CancelRequest) -> None:
+        relay = self._relays.get(request.pid)
+        if relay is not None and hmac.compare_digest(relay.secret, request.secret):
+            relay.cancel()
+
+    def login_ended(self, session: Session, outcome: ClientOutcome | None) -> None:
+        self._logins.discard(session)
+        if outcome is not None:
+            self._observer.client_ended(Listener.PG, outcome)
+
+    def login_timed_out(self, pool: str | None) -> None:
+        self._observer.login_timed_out(pool)
+
+    # -- who may log in ------------------------------------------------------------------------
+
+    def _make_verifiers(self) -> None:
+        for user, entry in self._config.users.items():
+            self._verifiers[None, user] = make_verifier(entry.password.get_secret_value())
+        for pool in self._config.pools.values():
+            target = pool.target
+            if target.password is not None and target.user not in self._config.users:
+                verifier = make_verifier(target.password.get_secret_value())
+                self._verifiers[pool.name, target.user] = verifier
+
+    def verifier(self, user: str, pool: str | None) -> ScramVerifier | None:
+        """What this user has to prove; None with ``trust``."""
+        if self._config.listen.auth == "trust":
+            return None
+        found = self._verifiers.get((None, user)) or self._verifiers.get((pool, user))
+        return found or mock_verifier(user)
+
+
+def _remove_stale_socket(path: Path) -> None:
+    """What a killed process left behind is removed, what somebody listens on is not."""
+    if not path.is_socket():
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except OSError:
+            path.unlink(missing_ok=True)
+        else:
+            raise OSError("another process listens there")

@@ -1,0 +1,55 @@
+"""Prepared statements that clients name, on connections they do not own.
+
+Pure. In transaction mode a client's statement may be missing on the connection it gets, and two
+clients may use one name for different texts. So a statement has a name of ours on every server
+connection, derived from text and parameter types; ``proxy.relay`` renames, and sends a Parse first
+where a connection lacks it. Statements are shared by all clients of a pool and forgotten with the
+last of them; how many one server connection keeps is bounded (least recently used first out).
+"""
+
+from itertools import count
+from weakref import WeakValueDictionary
+
+from sidecar.pool.server import Prepared, ServerConnection
+from sidecar.protocol import messages as m
+from sidecar.sql import Query
+
+PREFIX = b"pgsidecar_"
+
+
+class PreparedTable:
+    """The named statements that clients of one pool have now."""
+
+    def __init__(self) -> None:
+        self._numbers = count(1)
+        self._known: WeakValueDictionary[bytes, Prepared] = WeakValueDictionary()
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def intern(self, definition: bytes, query: Query) -> Prepared:
+        """The statement of this definition: what a Parse carries after the name."""
+        found = self._known.get(definition)
+        if found is None:
+            name = PREFIX + str(next(self._numbers)).encode()
+            parse = m.parse(name, definition)
+            found = Prepared(name, parse, query.operation, query.pin)
+            self._known[definition] = found
+        return found
+
+
+def touch(server: ServerConnection, statement: Prepared) -> bool:
+    """Note the use of a statement; False if this connection does not have it."""
+    prepared = server.prepared
+    if statement not in prepared:
+        return False
+    del prepared[statement]
+    prepared[statement] = None
+    return True
+
+
+def oldest(server: ServerConnection, limit: int) -> Prepared | None:
+    """A statement to close before another is prepared; None while there is room."""
+    if len(server.prepared) < limit:
+        return None
+    return next(iter(server.prepared))

@@ -1,0 +1,541 @@
+"""One logged-in client: its leases, its waiting, its end.
+
+An ``asyncio.Protocol`` by shape for the client's socket and a ``Receiver`` for the server's. All
+callbacks are synchronous; between a client's bytes and the server's there is no task and no await.
+``Requests`` and ``Replies`` look into the bytes, the relay decides about the lease: it begins with
+the first message that needs the server, and ends with ReadyForQuery when nothing is outstanding,
+the transaction is over and nothing pins the connection.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from sidecar.errors import (
+    ClientProtocolError,
+    PoolError,
+    ServerConnectionLost,
+    ServerProtocolError,
+    SidecarError,
+)
+from sidecar.events import CloseReason, ErrorOrigin, PoolMode
+from sidecar.pool.pool import Pool
+from sidecar.pool.server import ServerConnection, clock
+from sidecar.protocol import messages as m
+from sidecar.proxy import expect
+from sidecar.proxy.prepared import PreparedTable
+from sidecar.proxy.replies import Replies
+from sidecar.proxy.requests import INSPECTED, Requests, TextCache, check_header
+from sidecar.proxy.settings import READ_ONLY, Settings, SettingsTable, change
+
+log = logging.getLogger("pgsidecar.proxy")
+
+HELD_BACK: Final = 64 * 1024
+"""Bytes of a waiting client that are kept before its socket is not read any more."""
+
+_SAMPLED: Final = 64
+"""One lease in so many is timed for ``proxy_overhead_seconds``."""
+
+_NO_REPLY: Final = frozenset({m.FLUSH, m.COPY_DATA, m.COPY_DONE, m.COPY_FAIL})
+"""Without a lease there is nothing these could apply to: the rest of a copy that has failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """Who a client is, for messages and logs."""
+
+    user: str
+    database: str
+    address: str
+
+
+class Registry(Protocol):
+    """Who keeps the relays."""
+
+    def gone(self, relay: "Relay") -> None: ...
+
+
+class PoolTables:
+    """What the clients of one pool share in the proxy."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool: Final = pool
+        self.settings: Final = SettingsTable()
+        self.statements: Final = PreparedTable()
+        self.texts: Final = TextCache()
+        self.as_connected: Final[Settings] = self.settings.intern({})
+        self.leases = 0
+
+
+class Relay:
+    __slots__ = (
+        "__weakref__",
+        "_holds_lease",
+        "_is_setting",
+        "_is_write_paused",
+        "_own_time",
+        "_pool",
+        "_registry",
+        "_setup_error",
+        "_setup_rest",
+        "_skip_bytes",
+        "_skip_to_sync",
+        "_tables",
+        "client",
+        "deadline",
+        "is_closed",
+        "is_leaving",
+        "is_waiting",
+        "pid",
+        "replies",
+        "requests",
+        "secret",
+        "server",
+        "settings",
+        "transport",
+        "waiting_since",
+    )
+
+    def __init__(
+        self, tables: PoolTables, registry: Registry, client: Client, settings: Settings
+    ) -> None:
+        pool = tables.pool
+        self._tables: Final = tables
+        self._pool: Final = pool
+        self._registry: Final = registry
+        self.client: Final = client
+        self.settings = settings
+        self.transport: Any = None  # asyncio.Transport
+        self.server: ServerConnection | None = None
+        self.requests: Final = Requests(
+            tables.texts,
+            tables.statements,
+            renames=pool.config.mode is PoolMode.TRANSACTION,
+            statement_limit=pool.config.max_prepared_statements,
+        )
+        self.replies: Final = Replies(
+            self.requests, pool.observer, pool.traffic, pool.config.slow_query_threshold
+        )
+        self._holds_lease: Final = pool.config.mode is PoolMode.SESSION
+        self.pid = 0  # of BackendKeyData
+        self.secret = b""
+        self.is_waiting = False
+        self.waiting_since = 0.0
+        self.deadline = 0.0
+        self.is_leaving = False  # close as soon as there is no lease
+        self.is_closed = False
+        self._is_write_paused = False
+        self._is_setting = False  # the server's next replies are to our own SET
+        self._setup_error: bytes | None = None
+        self._setup_rest = b""
+        self._skip_bytes = 0
+        self._skip_to_sync = False
+        self._own_time = -1.0  # seconds spent in this lease; negative: not sampled
+
+    def __repr__(self) -> str:
+        state = "waiting" if self.is_waiting else "idle" if self.server is None else "active"
+        return f"<Relay {self.client.user}@{self.client.address} {state}>"
+
+    # -- the client's socket -------------------------------------------------------------------
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._pool.traffic.client_received += len(data)
+        requests = self.requests
+        if requests.rest:
+            data = requests.rest + data
+            requests.rest = b""
+        server = self.server
+        if server is None:
+            if self.is_waiting:
+                self._hold_back(data)
+            else:
+                self._begin(data)
+        elif self._is_setting and self._setup_rest:
+            self._setup_rest += data  # the settings may be refused: see _set_up
+            if len(self._setup_rest) > HELD_BACK:
+                self.transport.pause_reading()
+        else:
+            self._forward(server, data, clock())
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.is_closed = True
+        now = clock()
+        if self.is_waiting:
+            self.is_waiting = False
+            self._pool.abandon(self, now)
+        server = self.server
+        if server is not None:
+            self._leave(server, CloseReason.CLIENT_LOST, now)
+        self._registry.gone(self)
+
+    def pause_writing(self) -> None:
+        self._is_write_paused = True
+        if self.server is not None:
+            self.server.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        self._is_write_paused = False
+        if self.server is not None:
+            self.server.transport.resume_reading()
+
+    def _write(self, data: bytes) -> None:
+        self._pool.traffic.client_sent += len(data)
+        self.transport.write(data)
+
+    # -- no lease ------------------------------------------------------------------------------
+
+    def _begin(self, data: bytes) -> None:
+        """The client has no connection: does it need one now?"""
+        while data:
+            if self._skip_bytes:
+                skipped = min(self._skip_bytes, len(data))
+                self._skip_bytes -= skipped
+                data = data[skipped:]
+                continue
+            if len(data) < 5:
+                break
+            kind, length = m.HEADER.unpack_from(data)
+            try:
+                check_header(kind, length)
+            except ClientProtocolError as exc:
+                self._fail(exc)
+                return
+            if kind == m.TERMINATE:
+                self.close()
+                return
+            if self._skip_to_sync or kind in _NO_REPLY:
+                self._skip_bytes = 1 + length
+                if self._skip_to_sync and kind == m.SYNC:
+                    self._skip_to_sync = False
+                    self._write(m.READY_IDLE_MESSAGE)
+                continue
+            if len(data) <= length and len(data) < INSPECTED:
+                break  # who is still writing does not need a connection yet
+            if self._acquire(data):
+                return
+        self.requests.rest = data
+
+    def _acquire(self, data: bytes) -> bool:
+        """Ask the pool. False if it refused; the refused cycle is then skipped."""
+        now = clock()
+        try:
+            server = self._pool.acquire(self, now)
+        except PoolError as exc:
+            self._refuse_cycle(exc, data)
+            return False
+        if server is None:
+            self.is_waiting = True
+            self._hold_back(data)
+        else:
+            self._attach(server, data, now)
+        return True
+
+    def _hold_back(self, data: bytes) -> None:
+        self.requests.rest = data
+        if len(data) > HELD_BACK:
+            self.transport.pause_reading()
+
+    def granted(self, server: ServerConnection, now: float) -> None:
+        """The pool gives a waiting client its connection."""
+        self.is_waiting = False
+        data = self.requests.rest
+        self.requests.rest = b""
+        if len(data) > HELD_BACK:
+            self.transport.resume_reading()
+        self._attach(server, data, now)
+
+    def refused(self, error: SidecarError) -> None:
+        """No connection for this cycle. The session goes on: the client may try again."""
+        self.is_waiting = False
+        data = self.requests.rest
+        self.requests.rest = b""
+        if len(data) > HELD_BACK:
+            self.transport.resume_reading()
+        self._refuse_cycle(error, data)
+        if self.is_leaving:
+            self.close()
+        else:
+            self._begin(data)
+
+    def _refuse_cycle(self, error: SidecarError, data: bytes) -> None:
+        """Answer the cycle that begins here with an error; what belongs to it is skipped."""
+        self._report(error, "ERROR")
+        kind, length = m.HEADER.unpack_from(data)
+        if kind == m.QUERY or kind == m.FUNCTION_CALL:
+            self._skip_bytes = 1 + length
+            self._write(m.READY_IDLE_MESSAGE)
+        else:
+            self._skip_to_sync = True
+
+    # -- a lease -------------------------------------------------------------------------------
+
+    def _attach(self, server: ServerConnection, data: bytes, now: float) -> None:
+        tables = self._tables
+        self.server = server
+        server.receiver = self
+        self.requests.begin_lease()
+        tables.leases += 1
+        self._own_time = -1.0 if tables.leases % _SAMPLED else 0.0
+        if self._is_write_paused:
+            server.transport.pause_reading()
+        if server.settings is not self.settings and not self._set_up(server, data):
+            return
+        self._forward(server, data, now)
+
+    def _set_up(self, server: ServerConnection, data: bytes) -> bool:
+        """Carry over this client's settings. False if ``data`` has to wait for the outcome.
+
+        Settings that a server has accepted before travel together with the client's first
+        message and cost no round trip of their own.
+        """
+        before = server.settings or self._tables.as_connected
+        sql = change(before.values, self.settings.values)
+        if not sql:
+            server.settings = self.settings
+            return True
+        server.expected.append(expect.SETUP)
+        server.write(m.query(sql))
+        self._is_setting = True
+        self._setup_error = None
+        if self.settings.is_proven:
+            return True
+        self._setup_rest = data
+        return False
+
+    def _forward(self, server: ServerConnection, data: bytes, now: float) -> None:
+        requests, replies = self.requests, self.replies
+        try:
+            requests.forward(server, data, now)
+        except ClientProtocolError as exc:
+            replies.is_at_rest = False
+            self._fail(exc)
+            return
+        expected = server.expected
+        if expected:
+            replies.is_at_rest = False
+            if expected[0] <= expect.AUTOMATIC:
+                self._write(replies.answer_ourselves(server))
+        if self._own_time >= 0.0:
+            self._own_time += clock() - now
+        if requests.wants_to_leave:
+            self.close()
+        elif replies.is_at_rest and server.tx_status == m.IDLE and not requests.passing:
+            # the end of a message that nobody answers: CopyData after the copy has failed
+            self._end_lease(server, now)
+
+    def server_data(self, data: bytes) -> None:
+        """Bytes from the server; part of the ``Receiver`` interface."""
+        server = self.server
+        assert server is not None
+        now = clock()
+        replies = self.replies
+        try:
+            if self._is_setting:
+                data = self._settings_reply(server, data)
+                if not data:
+                    return
+            data = replies.forward(server, data, now)
+        except ServerProtocolError as exc:
+            self._lose(server, exc, CloseReason.PROTOCOL_ERROR, now)
+            return
+        if data:
+            self._write(data)
+        if replies.values:
+            self._note_values(server)
+        if self._own_time >= 0.0:
+            self._own_time += clock() - now
+        if replies.is_at_rest and server.tx_status == m.IDLE and not self.requests.passing:
+            self._end_lease(server, now)
+
+    def _end_lease(self, server: ServerConnection, now: float) -> None:
+        """Nothing is outstanding: give the connection back, unless it is kept for longer."""
+        if self._holds_lease or server.pin is not None:
+            return
+        if self._own_time >= 0.0:
+            self._pool.observer.overhead(self._own_time)
+        self.server = None
+        if self._is_write_paused:
+            server.transport.resume_reading()
+        self._pool.release(server, now)
+        if self.is_leaving:
+            self.close()
+
+    def _leave(self, server: ServerConnection, reason: CloseReason, now: float) -> None:
+        """The client is gone, or has to go, and holds a connection."""
+        self.server = None
+        is_fit = self.replies.is_at_rest and not server.mid_message
+        self.replies.abandon(server, now)
+        if self._is_write_paused:
+            server.transport.resume_reading()
+        if is_fit:
+            self._pool.release(server, now)
+        else:
+            self._pool.discard(server, reason, now)
+
+    def server_writable(self, is_writable: bool) -> None:
+        if is_writable:
+            self.transport.resume_reading()
+        else:
+            self.transport.pause_reading()
+
+    def server_lost(self) -> None:
+        server = self.server
+        assert server is not None
+        self.server = None
+        is_in_message = self.replies.incoming > 0
+        self.replies.abandon(server, clock())
+        if self.replies.said_fatal or is_in_message:
+            self.close()
+        else:
+            self._fail(
+                ServerConnectionLost(
+                    "the server closed the connection unexpectedly",
+                    detail=f"Pool {self._pool.name!r}, server {self._pool.config.target.describe()}.",
+                    hint="The transaction was not completed, or its outcome is not known.",
+                )
+            )
+
+    def _lose(
+        self, server: ServerConnection, exc: ServerProtocolError, reason: CloseReason, now: float
+    ) -> None:
+        log.error("server broke the protocol", extra={"pool": self._pool.name, "cause": str(exc)})
+        self.server = None
+        self.replies.abandon(server, now)
+        self._pool.discard(server, reason, now)
+        self._fail(exc)
+
+    # -- settings ------------------------------------------------------------------------------
+
+    def _settings_reply(self, server: ServerConnection, data: bytes) -> bytes:
+        """Take the replies to our own SET. Returns what follows them."""
+        data = self.replies.take_held() + data
+        pos = 0
+        while len(data) - pos >= 5:
+            kind, length = m.HEADER.unpack_from(data, pos)
+            end = pos + 1 + length
+            if end > len(data):
+                break
+            body = data[pos + 5 : end]
+            pos = end
+            if kind == m.PARAMETER_STATUS:
+                self._tell_value(server, body)
+            elif kind == m.ERROR_RESPONSE:
+                self._setup_error = body
+            elif kind == m.READY_FOR_QUERY:
+                self._is_setting = False
+                if server.expected.popleft() != expect.SETUP:
+                    raise ServerProtocolError("ReadyForQuery from the server answers no request")
+                self._settings_done(server)
+                return data[pos:]
+        self.replies.hold(data[pos:])
+        return b""
+
+    def _settings_done(self, server: ServerConnection) -> None:
+        now = clock()
+        rest, self._setup_rest = self._setup_rest, b""
+        if len(rest) > HELD_BACK:
+            self.transport.resume_reading()
+        if self._setup_error is not None:
+            # All SETs were one transaction: the connection is as it was.
+            self.replies.is_at_rest = bool(rest)
+            fields = m.error_fields(self._setup_error)
+            self._leave(server, CloseReason.SETTINGS_FAILED, now)
+            text = fields.get("M", "a startup parameter was refused")
+            self._fail(SidecarError(text, sqlstate=m.sqlstate_of(self._setup_error)))
+            return
+        server.settings = self.settings
+        self.settings.is_proven = True
+        if rest:
+            self._forward(server, rest, now)
+
+    def _tell_value(self, server: ServerConnection, body: bytes) -> None:
+        """The client learns how the server spells the values it asked for at login."""
+        name, value = m.name_and_value(body)
+        server.parameters[name] = value
+        key = name.lower()
+        told = self.settings.values.get(key, self._pool.parameters.get(name))
+        if told != value:
+            self._write(m.message(m.PARAMETER_STATUS, body))
+
+    def _note_values(self, server: ServerConnection) -> None:
+        """The client has set a reported setting: it goes with the client from now on."""
+        settings = self.settings
+        for body in self.replies.values:
+            server.remember_parameter(body)
+            name, value = m.name_and_value(body)
+            if name not in READ_ONLY:
+                settings = self._tables.settings.with_value(settings, name.lower(), value)
+        self.replies.values.clear()
+        settings.is_proven = True
+        self.settings = server.settings = settings
+
+    # -- the end -------------------------------------------------------------------------------
+
+    def cancel(self) -> None:
+        """The client's CancelRequest: out of the queue, or on to the server that works for it."""
+        if self.is_waiting:
+            self._pool.abandon(self, clock())
+            self.refused(SidecarError("canceling statement due to user request", sqlstate="57014"))
+        elif self.server is not None and self.server.expected:
+            self._pool.cancel(self.server)
+
+    def shut_down(self) -> None:
+        """The sidecar drains: go when the lease is over."""
+        self.is_leaving = True
+        if self.server is None and not self.is_waiting:
+            self.end("terminating connection because the connection pool shuts down")
+
+    def end(self, text: str) -> None:
+        """Tell the client that the sidecar goes, and close."""
+        self._fail(SidecarError(text, sqlstate="57P01"), is_error=False)
+
+    def close(self) -> None:
+        """Close the client's socket; ``connection_lost`` does the rest."""
+        if not self.is_closed and self.transport is not None:
+            self.transport.close()
+
+    def _report(self, error: SidecarError, severity: str) -> None:
+        self._pool.observer.query_failed(ErrorOrigin.SIDECAR, error.sqlstate)
+        text = m.error_response(
+            severity, error.sqlstate, error.message, detail=error.detail, hint=error.hint
+        )
+        self._write(text)
+
+    def _fail(self, error: SidecarError, *, is_error: bool = True) -> None:
+        """Say why with FATAL, and close."""
+        if self.is_closed or self.transport.is_closing():
+            return
+        if self.replies.incoming == 0:
+            if is_error:
+                self._report(error, "FATAL")
+            else:
+                self._write(m.error_response("FATAL", error.sqlstate, error.message))
+        log.info(
+            "client connection closed",
+            extra={
+                "pool": self._pool.name,
+                "client": self.client.address,
+                "user": self.client.user,
+                "sqlstate": error.sqlstate,
+                "cause": error.message,
+            },
+        )
+        self.close()
+
+    def describe(self, now: float) -> str:
+        server = self.server
+        application = self.settings.values.get(b"application_name", b"").decode("utf-8", "replace")
+        who = f'application "{application}"' if application else "a client without application_name"
+        who += f', user "{self.client.user}", {self.client.address}'
+        if server is None:
+            return who
+        if server.expected:
+            return f"{who}, running a query for {now - server.query_started:.1f} s"
+        where = "idle" if server.tx_status == m.IDLE else "idle in transaction"
+        return f"{who}, {where} for {now - server.status_since:.1f} s"

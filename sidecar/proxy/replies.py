@@ -1,0 +1,289 @@
+"""From server to client: frame, count off, forward.
+
+Owns an unfinished server message. Every reply settles the head of the ledger (``proxy.expect``);
+what the client did not ask for is left out, what was not asked of the server is put in. Rows and
+other bulk are passed on in pieces; the short messages that steer us are taken whole.
+"""
+
+from typing import Final
+
+from sidecar.errors import ServerProtocolError
+from sidecar.events import ErrorOrigin, PoolObserver, Traffic
+from sidecar.pool.server import ServerConnection
+from sidecar.protocol import messages as m
+from sidecar.proxy import expect
+from sidecar.proxy.requests import Requests
+
+_HELD: Final = 64 * 1024
+"""Bytes; a message that we need whole and that is longer is looked at so far and passed on."""
+
+_STREAMED: Final = frozenset(
+    {
+        *(m.DATA_ROW, m.COPY_DATA, m.ROW_DESCRIPTION, m.PARAMETER_DESCRIPTION),
+        *(m.NOTICE_RESPONSE, m.NOTIFICATION_RESPONSE, m.FUNCTION_CALL_RESPONSE),
+    }
+)
+_UNSETTLING: Final = frozenset(
+    {
+        *_STREAMED,
+        *(m.COPY_OUT_RESPONSE, m.COPY_DONE, m.COPY_BOTH_RESPONSE),
+        *(m.PARAMETER_STATUS, m.NEGOTIATE_PROTOCOL_VERSION, m.BACKEND_KEY_DATA),
+    }
+)
+"""Messages that settle nothing in the ledger (RowDescription does when it answers Describe)."""
+
+_unpack = m.HEADER.unpack_from
+
+
+class Replies:
+    """The replies to one client."""
+
+    __slots__ = (
+        "_has_rolled_back",
+        "_held",
+        "_observer",
+        "_out",
+        "_requests",
+        "_start",
+        "_threshold",
+        "_traffic",
+        "incoming",
+        "is_at_rest",
+        "said_fatal",
+        "transport",
+        "values",
+    )
+
+    def __init__(
+        self,
+        requests: Requests,
+        observer: PoolObserver,
+        traffic: Traffic,
+        slow_query_threshold: float,
+    ) -> None:
+        self._requests = requests
+        self._observer = observer
+        self._traffic = traffic
+        self._threshold = slow_query_threshold
+        self._held = b""
+        self._has_rolled_back = False  # in this cycle
+        self._out: list[bytes] | None = None
+        self._start = 0
+        self.incoming = 0  # bytes of a message that are still to come
+        self.is_at_rest = True  # the last thing the server said was ReadyForQuery, nothing is owed
+        self.said_fatal = False  # the client has been told why the server ends the connection
+        self.values: list[bytes] = []  # bodies of ParameterStatus, for the relay to note
+
+    def forward(self, server: ServerConnection, data: bytes, now: float) -> bytes:
+        """What the client gets of this. Sets ``is_at_rest``. Raises ServerProtocolError."""
+        if self._held:
+            data = self._held + data
+            self._held = b""
+        pos = 0
+        size = len(data)
+        if self.incoming:
+            if self.incoming >= size:
+                self.incoming -= size
+                return data
+            pos = self.incoming
+            self.incoming = 0
+        self._start = 0
+        pos = self._inspect(server, data, pos, size, now)
+        if pos > size:
+            self.incoming = pos - size
+        elif pos < size:
+            self._held = data[pos:]
+            size = pos
+        out = self._out
+        if out is not None:
+            self._out = None
+            out.append(data[self._start : size])
+            return b"".join(out)
+        return data if size == len(data) else data[:size]
+
+    def take_held(self) -> bytes:
+        """The beginning of an unfinished message, for who reads on."""
+        held, self._held = self._held, b""
+        return held
+
+    def hold(self, data: bytes) -> None:
+        self._held = data
+
+    def _inspect(
+        self, server: ServerConnection, data: bytes, pos: int, size: int, now: float
+    ) -> int:
+        expected = server.expected
+        while size - pos >= 5:
+            kind, length = _unpack(data, pos)
+            end = pos + 1 + length
+            if length < 4:
+                raise ServerProtocolError(f"invalid message length from the server: {length}")
+            if kind == m.DATA_ROW:
+                pos = end
+                continue
+            if end > size and kind not in _STREAMED and size - pos < _HELD:
+                break
+            if kind == m.COMMAND_COMPLETE:
+                self._complete(server, data, pos + 5, now)
+            elif kind == m.READY_FOR_QUERY:
+                if length != 5:
+                    raise ServerProtocolError(f"ReadyForQuery of {length} bytes")
+                self._ready(server, data[pos + 5], now)
+            elif kind == m.ROW_DESCRIPTION or kind == m.NO_DATA:
+                if expected and expected[0] == m.DESCRIBE:
+                    expected.popleft()
+            elif kind == m.BIND_COMPLETE:
+                self._settle(server, kind, m.BIND)
+            elif kind == m.PARSE_COMPLETE:
+                self._parsed(server, data, pos, end)
+            elif kind == m.ERROR_RESPONSE:
+                self._error(server, data[pos + 5 : end], now)
+            elif kind == m.CLOSE_COMPLETE:
+                self._closed(server, data, pos, end)
+            elif kind == m.EMPTY_QUERY_RESPONSE or kind == m.PORTAL_SUSPENDED:
+                if expected and expected[0] == m.EXECUTE:
+                    self._executed(server, now)
+            elif kind == m.COPY_IN_RESPONSE:
+                server.copy_in = not expect.remove_ignored_syncs(server)
+            elif kind == m.PARAMETER_STATUS:
+                self.values.append(data[pos + 5 : end])
+            elif kind not in _UNSETTLING:
+                raise ServerProtocolError(f"unexpected message type {kind} from the server")
+            if expected and expected[0] <= expect.AUTOMATIC:
+                self._advance(server, data, end)
+            pos = end
+        return pos
+
+    # -- the ledger ----------------------------------------------------------------------------
+
+    def _settle(self, server: ServerConnection, kind: int, request: int) -> None:
+        if not server.expected or server.expected[0] != request:
+            raise ServerProtocolError(f"message type {kind} from the server answers no request")
+        server.expected.popleft()
+
+    def _advance(self, server: ServerConnection, data: bytes, end: int) -> None:
+        """Settle what has come to the head and has no reply of the server's own."""
+        expected = server.expected
+        while expected and expected[0] <= expect.AUTOMATIC:
+            if expected.popleft() == expect.FAKE_PARSE:
+                server.undo.popleft()
+                self._cut(data, end, end).append(m.PARSE_COMPLETE_MESSAGE)
+
+    def answer_ourselves(self, server: ServerConnection) -> bytes:
+        """After forwarding requests: the replies that are due before the server says anything."""
+        self._start = 0
+        self._advance(server, b"", 0)
+        out = self._out
+        self._out = None
+        return b"" if out is None else b"".join(out)
+
+    def _parsed(self, server: ServerConnection, data: bytes, pos: int, end: int) -> None:
+        head = server.expected.popleft() if server.expected else 0
+        if head in (expect.PARSE_NAMED, expect.OUR_PARSE):
+            server.undo.popleft()
+        elif head not in (m.PARSE, expect.OUR_UNNAMED_PARSE):
+            raise ServerProtocolError("ParseComplete from the server answers no request")
+        if head in (expect.OUR_PARSE, expect.OUR_UNNAMED_PARSE):
+            self._cut(data, pos, end)
+
+    def _closed(self, server: ServerConnection, data: bytes, pos: int, end: int) -> None:
+        head = server.expected.popleft() if server.expected else 0
+        if head in (expect.CLOSE_NAMED, expect.OUR_CLOSE):
+            server.undo.popleft()
+        elif head != m.CLOSE:
+            raise ServerProtocolError("CloseComplete from the server answers no request")
+        if head == expect.OUR_CLOSE:
+            self._cut(data, pos, end)
+
+    def _cut(self, data: bytes, pos: int, end: int) -> list[bytes]:
+        """Leave out ``data[pos:end]``. Returns the list of pieces, complete up to ``end``."""
+        out = self._out
+        if out is None:
+            out = self._out = []
+        out.append(data[self._start : pos])
+        self._start = end
+        return out
+
+    # -- ends of queries and transactions ------------------------------------------------------
+
+    def _complete(self, server: ServerConnection, data: bytes, tag: int, now: float) -> None:
+        """CommandComplete. Its tag is the one sure sign of what a statement did."""
+        first = data[tag]
+        if first == 0x52:  # R
+            self._has_rolled_back = data.startswith(b"ROLLBACK\0", tag)
+            if data.startswith(b"RESET\0", tag):
+                server.is_dirty = True  # what we had carried over may be gone
+        elif first == 0x43:  # C
+            self._has_rolled_back = False
+        elif first == 0x44 and (  # D
+            data.startswith(b"DISCARD ALL\0", tag) or data.startswith(b"DEALLOCATE ALL\0", tag)
+        ):
+            server.prepared.clear()
+            self._requests.forget_statements()
+            if data[tag + 1] == 0x49:  # DISCARD ALL undoes whatever pinned, and our settings too
+                server.pin = None
+                server.is_dirty = True
+        if server.expected and server.expected[0] == m.EXECUTE:
+            self._executed(server, now)
+
+    def _executed(self, server: ServerConnection, now: float) -> None:
+        server.expected.popleft()
+        self._query_done(server, now)
+
+    def _query_done(self, server: ServerConnection, now: float) -> None:
+        operation = server.operations.popleft()
+        took = now - server.query_started
+        if server.query_is_slow:
+            server.query_is_slow = False
+        elif took >= self._threshold:
+            self._observer.query_slow(operation)
+        self._observer.query_done(operation, took)
+        server.query_started = now  # the next one, if it waits already, begins here
+
+    def _ready(self, server: ServerConnection, status: int, now: float) -> None:
+        expected = server.expected
+        head = expected.popleft() if expected else 0
+        if head == m.QUERY or head == m.FUNCTION_CALL:
+            self._query_done(server, now)
+        elif head != m.SYNC:
+            raise ServerProtocolError("ReadyForQuery from the server answers no request")
+        server.tx_status = status
+        server.status_since = now
+        if status == m.IDLE:
+            if server.tx_started != 0.0:
+                committed = not (server.cycle_failed or self._has_rolled_back)
+                self._observer.transaction_done(committed, now - server.tx_started)
+                server.tx_started = now if server.operations else 0.0
+        elif status != m.IN_TRANSACTION and status != m.FAILED:
+            raise ServerProtocolError(f"unknown transaction status {status} from the server")
+        server.cycle_failed = False
+        self._has_rolled_back = False
+        self.is_at_rest = not expected
+
+    def _error(self, server: ServerConnection, body: bytes, now: float) -> None:
+        sqlstate = m.sqlstate_of(body)
+        self._observer.query_failed(ErrorOrigin.SERVER, sqlstate)
+        server.cycle_failed = True
+        server.copy_in = False
+        if b"\0VFATAL\0" in body or b"\0VPANIC\0" in body:
+            server.last_error = sqlstate
+            self.said_fatal = True
+        expected = server.expected
+        if expected and expected[0] not in (m.QUERY, m.SYNC, m.FUNCTION_CALL):
+            dropped = expect.skip_to_sync(server)
+            if dropped:
+                # The first of them failed, or could not begin; the others never ran.
+                self._query_done(server, now)
+                for _ in range(dropped - 1):
+                    server.operations.popleft()
+
+    def abandon(self, server: ServerConnection, now: float) -> None:
+        """The lease ends in the middle: account for what was under way."""
+        if server.operations:
+            self._query_done(server, now)
+            server.operations.clear()
+        if server.tx_started != 0.0:
+            self._observer.transaction_done(False, now - server.tx_started)
+            server.tx_started = 0.0
+        self._held = b""
+        self.incoming = 0

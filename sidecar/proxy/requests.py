@@ -1,0 +1,361 @@
+"""From client to server: frame, inspect, rename, forward.
+
+Owns what a client's messages leave behind between cycles: its prepared statements and an
+unfinished message. Bytes in which nothing must change are forwarded as they came, in one write.
+Of a message only the beginning is needed, so that a long one is passed on in pieces.
+"""
+
+from collections import OrderedDict
+from typing import Final
+
+from sidecar.errors import ClientProtocolError
+from sidecar.events import Operation, PinReason
+from sidecar.pool.server import Prepared, ServerConnection
+from sidecar.protocol import messages as m
+from sidecar.proxy import expect, prepared
+from sidecar.sql import Query, classify
+
+INSPECTED: Final = 16 * 1024
+"""Bytes of a message that are gathered before it is looked at and passed on in pieces."""
+
+MAX_STATEMENT: Final = 1024 * 1024
+"""Bytes; a named statement must be kept whole, to prepare it again elsewhere."""
+
+_CACHED_TEXT: Final = 4096  # bytes; longer texts are classified each time
+_CACHED_TEXTS: Final = 2048
+
+_unpack = m.HEADER.unpack_from
+
+_KNOWN: Final = frozenset(
+    {
+        *(m.QUERY, m.PARSE, m.BIND, m.DESCRIBE, m.EXECUTE, m.CLOSE, m.SYNC, m.FLUSH),
+        *(m.FUNCTION_CALL, m.COPY_DATA, m.COPY_DONE, m.COPY_FAIL, m.TERMINATE),
+    }
+)
+
+# Close of a statement that no server connection has: the server answers CloseComplete all the
+# same, in its turn. The real statement stays, other clients may use it.
+_CLOSE_NOTHING: Final = m.close_statement(prepared.PREFIX + b"none")
+
+
+class TextCache:
+    """Classification by text, least recently added first out. For the extended protocol, where
+    texts come back; in simple mode the literals are part of the text and nothing would hit."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[bytes, Query] = OrderedDict()
+
+    def classify(self, text: bytes) -> Query:
+        found = self._known.get(text)
+        if found is None:
+            found = classify(text)
+            if len(text) <= _CACHED_TEXT:
+                self._known[text] = found
+                if len(self._known) > _CACHED_TEXTS:
+                    self._known.popitem(last=False)
+        return found
+
+
+def check_header(kind: int, length: int) -> None:
+    """Raises ClientProtocolError for what no client message can begin with."""
+    if kind not in _KNOWN:
+        raise ClientProtocolError(f"invalid frontend message type {kind}")
+    if not 4 <= length < 0x40000000:  # PQ_LARGE_MESSAGE_LIMIT
+        raise ClientProtocolError(f"invalid message length: {length} bytes")
+
+
+class Requests:
+    """The requests of one client."""
+
+    __slots__ = (
+        "_cache",
+        "_has_unnamed",
+        "_operation",
+        "_out",
+        "_prepared",
+        "_renames",
+        "_start",
+        "_statement_limit",
+        "_statements",
+        "_unnamed",
+        "_unnamed_parse",
+        "passing",
+        "rest",
+        "wants_to_leave",
+    )
+
+    def __init__(
+        self,
+        cache: TextCache,
+        table: prepared.PreparedTable,
+        *,
+        renames: bool,
+        statement_limit: int,
+    ) -> None:
+        """``renames``: this client's statements must be found on any connection."""
+        self._cache = cache
+        self._prepared = table
+        self._renames = renames
+        self._statement_limit = statement_limit
+        self._statements: dict[bytes, Prepared] = {}
+        self._unnamed: Query | None = None
+        self._unnamed_parse: bytes | None = None  # its Parse, to repeat elsewhere
+        self._has_unnamed = False  # this connection has it
+        self._operation = int(Operation.OTHER)  # of the last Bind
+        self._out: list[bytes] | None = None
+        self._start = 0
+        self.rest = b""  # the beginning of an unfinished message
+        self.passing = 0  # bytes of a message that are still to come
+        self.wants_to_leave = False  # Terminate was seen
+
+    def begin_lease(self) -> None:
+        self._has_unnamed = False
+
+    def forget_statements(self) -> None:
+        """The client said DEALLOCATE ALL or DISCARD ALL."""
+        self._statements.clear()
+
+    def forward(self, server: ServerConnection, data: bytes, now: float) -> None:
+        """Inspect and write to the server. Raises ClientProtocolError; nothing was written then."""
+        self._start = pos = 0
+        size = len(data)
+        if self.passing:
+            if self.passing >= size:
+                self.passing -= size
+                server.mid_message = self.passing > 0
+                server.write(data)
+                return
+            pos = self.passing
+            self.passing = 0
+        pos = self._inspect(server, data, pos, size, now)
+        done = min(pos, size)
+        if self._out is not None:
+            self._out.append(data[self._start : done])
+            server.write(b"".join(self._out))
+            self._out = None
+        elif done == size:
+            server.write(data)
+        elif done:
+            server.write(data[:done])
+        self.passing = pos - done
+        server.mid_message = self.passing > 0
+        if not self.passing and not self.wants_to_leave:
+            self.rest = data[pos:]
+
+    def _inspect(
+        self, server: ServerConnection, data: bytes, pos: int, size: int, now: float
+    ) -> int:
+        """Look at every message. Returns where the next begins (beyond ``size``: it goes on)."""
+        expected = server.expected
+        while size - pos >= 5:
+            kind, length = _unpack(data, pos)
+            end = pos + 1 + length
+            if end > size or length < 4 or kind not in _KNOWN:
+                check_header(kind, length)
+                if size - pos < INSPECTED and kind != m.COPY_DATA:
+                    break
+                if kind == m.PARSE and self._renames and data[pos + 5] != 0:
+                    if length > MAX_STATEMENT:
+                        raise ClientProtocolError(
+                            f"named statement of {length} bytes; at most {MAX_STATEMENT} are allowed",
+                            sqlstate="54000",
+                        )
+                    break
+                # its end is not looked at, so a reset has to remove what it may leave behind
+                server.is_dirty = server.is_dirty or kind in (m.QUERY, m.PARSE)
+            if server.is_skipping and kind != m.SYNC and kind != m.TERMINATE:
+                pass  # the server ignores it, after an error
+            elif kind == m.QUERY:
+                self._add_query(server, m.QUERY, classify(data[pos + 5 : end - 1]), now)
+            elif kind == m.BIND:
+                self._bind(server, data, pos, end)
+            elif kind == m.EXECUTE:
+                expected.append(m.EXECUTE)
+                self._run(server, self._operation, now)
+            elif kind == m.SYNC:
+                server.is_skipping = False
+                if not server.copy_in:
+                    expected.append(m.SYNC)
+            elif kind == m.PARSE:
+                self._parse(server, data, pos, end)
+            elif kind == m.DESCRIBE:
+                self._describe(server, data, pos, end)
+            elif kind == m.CLOSE:
+                self._close(server, data, pos, end)
+            elif kind == m.FUNCTION_CALL:
+                expected.append(m.FUNCTION_CALL)
+                self._run(server, int(Operation.OTHER), now)
+            elif kind == m.COPY_DONE or kind == m.COPY_FAIL:
+                server.copy_in = False
+                if expected:
+                    expected.append(expect.COPY_END)
+            elif kind == m.TERMINATE:
+                self.wants_to_leave = True
+                break
+            pos = end
+        return pos
+
+    def _run(self, server: ServerConnection, operation: int, now: float) -> None:
+        if not server.operations:
+            server.query_started = now
+            if server.tx_started == 0.0:
+                server.tx_started = now
+        server.operations.append(operation)
+
+    def _add_query(self, server: ServerConnection, kind: int, query: Query, now: float) -> None:
+        server.expected.append(kind)
+        self._run(server, query.operation, now)
+        if query.pin is not None:
+            _pin(server, query.pin)
+
+    # -- extended protocol ---------------------------------------------------------------------
+
+    def _parse(self, server: ServerConnection, data: bytes, pos: int, end: int) -> None:
+        name_end = _end_of(data, pos + 5, end)
+        text_end = data.find(0, name_end + 1, end)
+        text = data[name_end + 1 : text_end] if text_end >= 0 else data[name_end + 1 : end]
+        query = self._cache.classify(text)
+        if name_end == pos + 5:
+            server.expected.append(m.PARSE)
+            self._unnamed = query
+            self._has_unnamed = True
+            self._unnamed_parse = data[pos:end] if end <= len(data) else None
+            return
+        name = data[pos + 5 : name_end]
+        statement = self._prepared.intern(data[name_end + 1 : end], query)
+        if not self._renames:
+            self._statements[name] = statement
+            server.expected.append(m.PARSE)
+            return
+        before = self._statements.get(name)
+        if before is not None:
+            # The server must refuse this as on a direct connection (42P05): have it try.
+            self._ensure(server, before, data, pos)
+            self._replace(data, pos, end, b"P" + _resized(before.name, data[name_end:end]))
+            server.expected.append(m.PARSE)
+            return
+        self._statements[name] = statement
+        if prepared.touch(server, statement):
+            self._replace(data, pos, end, b"")
+            server.expected.append(expect.FAKE_PARSE)
+        else:
+            self._make_room(server, data, pos)
+            self._replace(data, pos, end, statement.parse)
+            server.prepared[statement] = None
+            server.expected.append(expect.PARSE_NAMED)
+        server.undo.append((self._statements, name, statement))
+
+    def _bind(self, server: ServerConnection, data: bytes, pos: int, end: int) -> None:
+        name = _end_of(data, pos + 5, end) + 1  # behind the portal's
+        self._use(server, data, pos, end, name)
+        server.expected.append(m.BIND)
+
+    def _describe(self, server: ServerConnection, data: bytes, pos: int, end: int) -> None:
+        if data.startswith(b"S", pos + 5, end):  # a statement, not a portal
+            self._use(server, data, pos, end, pos + 6)
+        server.expected.append(m.DESCRIBE)
+
+    def _close(self, server: ServerConnection, data: bytes, pos: int, end: int) -> None:
+        is_statement = data.startswith(b"S", pos + 5, end)
+        name = data[pos + 6 : _end_of(data, pos + 6, end)]
+        if not is_statement or not name or not self._renames:
+            server.expected.append(m.CLOSE)
+            return
+        self._replace(data, pos, end, _CLOSE_NOTHING)
+        statement = self._statements.pop(name, None)
+        if statement is None:
+            server.expected.append(m.CLOSE)
+        else:
+            server.expected.append(expect.CLOSE_NAMED)
+            server.undo.append((self._statements, name, statement))
+
+    def _use(self, server: ServerConnection, data: bytes, pos: int, end: int, start: int) -> None:
+        """A Bind or Describe names a statement at ``start``: make sure that it is there."""
+        stop = _end_of(data, start, end)
+        if start == stop:
+            self._use_unnamed(server, data, pos)
+            return
+        name = data[start:stop]
+        statement = self._statements.get(name)
+        if statement is not None:
+            self._operation = statement.operation
+            if statement.pin is not None:
+                _pin(server, statement.pin)
+        if not self._renames:
+            return
+        if statement is not None:
+            self._ensure(server, statement, data, pos)
+            name_there = statement.name
+        elif name.startswith(prepared.PREFIX):
+            name_there = name + b"?"  # not this client's: the server shall not find it
+        else:
+            return
+        self._piece(data, pos).append(
+            m.HEADER.pack(data[pos], end - pos - 1 + len(name_there) - len(name))
+            + data[pos + 5 : start]
+            + name_there
+        )
+        self._start = stop
+
+    def _use_unnamed(self, server: ServerConnection, data: bytes, pos: int) -> None:
+        query = self._unnamed
+        if query is not None:
+            self._operation = query.operation
+            if query.pin is not None:
+                _pin(server, query.pin)
+        if not self._has_unnamed and self._renames and self._unnamed_parse is not None:
+            # prepared in an earlier cycle, on another connection
+            self._piece(data, pos).append(self._unnamed_parse)
+            server.expected.append(expect.OUR_UNNAMED_PARSE)
+            self._has_unnamed = True
+
+    def _ensure(self, server: ServerConnection, statement: Prepared, data: bytes, pos: int) -> None:
+        if prepared.touch(server, statement):
+            return
+        self._make_room(server, data, pos)
+        self._piece(data, pos).append(statement.parse)
+        server.prepared[statement] = None
+        server.expected.append(expect.OUR_PARSE)
+        server.undo.append((None, b"", statement))
+
+    def _make_room(self, server: ServerConnection, data: bytes, pos: int) -> None:
+        oldest = prepared.oldest(server, self._statement_limit)
+        if oldest is not None:
+            self._piece(data, pos).append(m.close_statement(oldest.name))
+            del server.prepared[oldest]
+            server.expected.append(expect.OUR_CLOSE)
+            server.undo.append((None, b"", oldest))
+
+    # -- rewriting -----------------------------------------------------------------------------
+
+    def _piece(self, data: bytes, pos: int) -> list[bytes]:
+        """The list of pieces to write, complete up to ``pos``."""
+        out = self._out
+        if out is None:
+            out = self._out = []
+        if self._start < pos:
+            out.append(data[self._start : pos])
+            self._start = pos
+        return out
+
+    def _replace(self, data: bytes, pos: int, end: int, instead: bytes) -> None:
+        self._piece(data, pos).append(instead)
+        self._start = end
+
+
+def _pin(server: ServerConnection, reason: PinReason) -> None:
+    server.is_dirty = True
+    if server.pin is None:
+        server.pin = reason
+
+
+def _end_of(data: bytes, start: int, end: int) -> int:
+    """Where the string that begins here ends. Raises ClientProtocolError if it does not."""
+    stop = data.find(0, start, end)
+    if stop < 0:
+        raise ClientProtocolError("invalid message: a string has no end")
+    return stop
+
+
+def _resized(name: bytes, rest: bytes) -> bytes:
+    return (4 + len(name) + len(rest)).to_bytes(4, "big") + name + rest

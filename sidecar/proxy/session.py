@@ -1,0 +1,303 @@
+"""A client from accept to login: startup packet, authentication, first ReadyForQuery.
+
+Owns the client's socket until the login is complete, then hands it to a ``Relay``. One task for
+each client in login, bounded by ``login_timeout``; it ends with the login.
+"""
+
+import asyncio
+import logging
+import socket
+from typing import Any, Final, Protocol
+
+from sidecar.config import PoolConfig
+from sidecar.errors import AuthenticationFailed, ClientProtocolError, SidecarError
+from sidecar.events import ClientOutcome, Traffic
+from sidecar.pool.server import clock
+from sidecar.protocol import messages as m
+from sidecar.protocol import startup
+from sidecar.protocol.authentication import MECHANISM, ScramVerifier, ServerExchange
+from sidecar.proxy.relay import Client, PoolTables, Registry, Relay
+from sidecar.proxy.settings import from_startup
+
+log = logging.getLogger("pgsidecar.proxy")
+
+_MAX_BUFFERED: Final = 64 * 1024
+"""Bytes; no client has more to say before it is logged in."""
+
+_MAX_PASSWORD: Final = 64 * 1024  # bytes; PG_MAX_AUTH_TOKEN_LENGTH
+
+
+class Host(Registry, Protocol):
+    """The listener, as its sessions see it."""
+
+    @property
+    def traffic(self) -> Traffic: ...
+
+    @property
+    def login_timeout(self) -> float: ...
+
+    def pool_for(self, database: str) -> PoolConfig: ...
+
+    def tables(self, pool: str) -> PoolTables: ...
+
+    def verifier(self, user: str, pool: str | None) -> ScramVerifier | None:
+        """What this user has to prove; None: nothing (trust)."""
+
+    def admit(self) -> None:
+        """Raises PoolSaturated or PoolClosed if no further client is allowed."""
+
+    def register(self, relay: Relay) -> None: ...
+
+    def cancel(self, request: startup.CancelRequest) -> None: ...
+
+    def login_ended(self, session: "Session", outcome: ClientOutcome | None) -> None: ...
+
+    def login_timed_out(self, pool: str | None) -> None: ...
+
+
+class _Gone(Exception):
+    """The client closed its connection during the login."""
+
+
+class Session:
+    """An ``asyncio.Protocol`` by shape."""
+
+    def __init__(self, host: Host) -> None:
+        self._host: Final = host
+        self._transport: Any = None
+        self._buffer = b""
+        self._wake: asyncio.Future[None] | None = None
+        self._is_closed = False
+        self._pool: str | None = None  # as soon as it is known
+        self._address = "unknown"
+
+    def __repr__(self) -> str:
+        return f"<Session {self._address} in login>"
+
+    # -- asyncio.Protocol ----------------------------------------------------------------------
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+        self._address = _address_of(transport)
+        sock = transport.get_extra_info("socket")
+        if sock is not None and sock.family != socket.AF_UNIX:
+            # a client whose host is gone must not keep its place for ever
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+    def data_received(self, data: bytes) -> None:
+        self._host.traffic.client_received += len(data)
+        self._buffer += data
+        if len(self._buffer) > _MAX_BUFFERED:
+            self._transport.pause_reading()
+        self._notify()
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._is_closed = True
+        self._notify()
+
+    def pause_writing(self) -> None:
+        """A login writes little: the deadline takes care of who does not read it."""
+
+    def resume_writing(self) -> None:
+        pass
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+    # -- the login -----------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Log the client in, or tell it why not; never raises but for cancellation."""
+        outcome: ClientOutcome | None = ClientOutcome.REJECTED
+        deadline = clock() + self._host.login_timeout
+        try:
+            async with asyncio.timeout_at(deadline):
+                outcome = await self._log_in(deadline)
+        except TimeoutError:
+            self._host.login_timed_out(self._pool)
+            self._refuse(
+                SidecarError(
+                    f"login not complete within {self._host.login_timeout:g} s", sqlstate="57014"
+                )
+            )
+        except AuthenticationFailed as exc:
+            outcome = ClientOutcome.AUTH_FAILED
+            self._refuse(exc)
+        except SidecarError as exc:
+            self._refuse(exc)
+        except _Gone:
+            outcome = None
+        except Exception:
+            log.exception("login failed", extra={"client": self._address})
+            self._refuse(SidecarError("internal error of the connection pool"))
+        finally:
+            self._host.login_ended(self, outcome)
+
+    async def _log_in(self, deadline: float) -> ClientOutcome | None:
+        packet = await self._startup_packet()
+        if isinstance(packet, startup.CancelRequest):
+            self._host.cancel(packet)
+            self._transport.close()
+            return None
+        self._check(packet)
+        user = packet.text(b"user")
+        database = packet.text(b"database") or user
+        pool, no_pool = self._find_pool(database)
+        await self._authenticate(user)
+        if pool is None:
+            assert no_pool is not None
+            raise no_pool
+        tables = self._host.tables(pool.name)
+        self._host.admit()
+        await tables.pool.wait_for_parameters(deadline - 0.1)  # its message says more than ours
+        settings = tables.settings.intern(from_startup(packet, tables.pool.parameters))
+        relay = Relay(tables, self._host, Client(user, database, self._address), settings)
+        self._host.register(relay)
+        self._hand_over(relay, tables)
+        return ClientOutcome.ACCEPTED
+
+    def _find_pool(self, database: str) -> tuple[PoolConfig | None, SidecarError | None]:
+        """The pool, or the error to raise once the client has proved who it is."""
+        try:
+            pool = self._host.pool_for(database)
+        except SidecarError as exc:
+            return None, exc
+        self._pool = pool.name
+        return pool, None
+
+    def _check(self, packet: startup.StartupMessage) -> None:
+        if not packet.text(b"user"):
+            raise AuthenticationFailed(
+                "no PostgreSQL user name specified in startup packet", sqlstate="28000"
+            )
+        if packet.text(b"replication") not in ("", "0", "false", "off", "no"):
+            raise SidecarError(
+                "replication connections cannot be pooled",
+                hint="Connect to the server directly.",
+                sqlstate="0A000",
+            )
+        if packet.minor > startup.NEWEST_MINOR or packet.unknown_options:
+            self._write(m.negotiate_protocol_version(startup.NEWEST_MINOR, packet.unknown_options))
+
+    def _hand_over(self, relay: Relay, tables: PoolTables) -> None:
+        values = relay.settings.values
+        told = [
+            m.parameter_status(name, values.get(name.lower(), value))
+            for name, value in tables.pool.parameters.items()
+        ]
+        self._write(
+            m.authentication(m.AUTH_OK)
+            + b"".join(told)
+            + m.backend_key_data(relay.pid, relay.secret)
+            + m.READY_IDLE_MESSAGE
+        )
+        data, self._buffer = self._buffer, b""
+        self._transport.set_protocol(relay)
+        relay.connection_made(self._transport)
+        if len(data) > _MAX_BUFFERED:
+            self._transport.resume_reading()
+        if data:
+            self._host.traffic.client_received -= len(data)  # the relay counts it again
+            relay.data_received(data)
+
+    # -- startup packet ------------------------------------------------------------------------
+
+    async def _startup_packet(self) -> startup.CancelRequest | startup.StartupMessage:
+        for _ in range(3):  # GSSENCRequest, SSLRequest, then the real one
+            length = startup.packet_length(await self._peek(4))
+            packet = startup.parse_startup(await self._take(length))
+            if not isinstance(packet, startup.EncryptionRequest):
+                return packet
+            if self._buffer:
+                # Whoever sits in between could have put it there (CVE-2021-23214).
+                raise ClientProtocolError("received unencrypted data after an encryption request")
+            self._write(b"N")
+        raise ClientProtocolError("too many encryption requests")
+
+    # -- authentication ------------------------------------------------------------------------
+
+    async def _authenticate(self, user: str) -> None:
+        verifier = self._host.verifier(user, self._pool)
+        if verifier is None:
+            return
+        try:
+            await self._scram(ServerExchange(verifier))
+        except AuthenticationFailed as exc:
+            if exc.sqlstate == "28P01":
+                exc = AuthenticationFailed(f'password authentication failed for user "{user}"')
+            log.warning(
+                "authentication failed",
+                extra={"client": self._address, "user": user, "pool": self._pool},
+            )
+            raise exc from None
+
+    async def _scram(self, exchange: ServerExchange) -> None:
+        self._write(m.authentication(m.AUTH_SASL, MECHANISM.encode() + b"\0\0"))
+        body = await self._password_message()
+        mechanism, _, rest = body.partition(b"\0")
+        if mechanism != MECHANISM.encode() or len(rest) < 4:
+            raise ClientProtocolError("client selected an invalid SASL authentication mechanism")
+        self._write(m.authentication(m.AUTH_SASL_CONTINUE, exchange.first(rest[4:])))
+        final = exchange.final(await self._password_message())
+        self._write(m.authentication(m.AUTH_SASL_FINAL, final))
+
+    async def _password_message(self) -> bytes:
+        kind, length = m.HEADER.unpack(await self._peek(5))
+        if kind != m.PASSWORD or not 4 <= length <= _MAX_PASSWORD:
+            raise ClientProtocolError(
+                f"expected password response, got message type {kind} of {length} bytes"
+            )
+        return (await self._take(1 + length))[5:]
+
+    # -- bytes ---------------------------------------------------------------------------------
+
+    async def _peek(self, size: int) -> bytes:
+        while len(self._buffer) < size:
+            if self._is_closed:
+                raise _Gone
+            self._wake = asyncio.get_running_loop().create_future()
+            await self._wake
+        return self._buffer[:size]
+
+    async def _take(self, size: int) -> bytes:
+        data = await self._peek(size)
+        self._buffer = self._buffer[size:]
+        return data
+
+    def _notify(self) -> None:
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+    def _write(self, data: bytes) -> None:
+        if not self._is_closed:
+            self._host.traffic.client_sent += len(data)
+            self._transport.write(data)
+
+    def _refuse(self, error: SidecarError) -> None:
+        log.info(
+            "client refused",
+            extra={
+                "client": self._address,
+                "pool": self._pool,
+                "sqlstate": error.sqlstate,
+                "cause": error.message,
+            },
+        )
+        self._write(
+            m.error_response(
+                "FATAL", error.sqlstate, error.message, detail=error.detail, hint=error.hint
+            )
+        )
+        if not self._is_closed:
+            self._transport.close()
+
+
+def _address_of(transport: Any) -> str:
+    peer = transport.get_extra_info("peername")
+    if isinstance(peer, tuple):
+        host, port = peer[:2]
+        return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
+    return "local socket"

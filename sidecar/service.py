@@ -1,0 +1,209 @@
+"""The composition root, and the documentation of the sidecar's life.
+
+Start: pools (they begin to connect), PostgreSQL listener, HTTP, janitor.
+Drain: stop accepting; clients without a lease go, the others finish theirs, up to a deadline.
+Stop: clients, pools, HTTP.
+
+Loops: the janitor, every 100 ms: sweeps the pools' deadlines, moves the rolling windows on, and
+measures how late the event loop runs. Every other task belongs to a login, a connection being
+opened or a cancel request, and lives in the same TaskGroup.
+"""
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from typing import Any, Final
+
+from prometheus_client import CollectorRegistry
+
+from sidecar.api.server import HttpServer
+from sidecar.config import Config
+from sidecar.errors import ConfigError
+from sidecar.events import Observer, PoolSnapshot
+from sidecar.observe.metrics import MetricsText
+from sidecar.observe.recorder import Recorder
+from sidecar.pool.pool import Pool
+from sidecar.pool.server import clock
+from sidecar.proxy.listener import PgListener
+from sidecar.proxy.relay import PoolTables
+
+log = logging.getLogger("pgsidecar")
+
+TICK: Final = 0.1  # s
+
+_CLOSE_TIMEOUT: Final = 3.0
+"""Seconds for the server to end our backends at the stop; then the sockets are closed."""
+
+
+class Service:
+    """``start`` and ``stop``, once each. ``observer`` replaces the recorder in the query path."""
+
+    def __init__(self, config: Config, observer: Observer | None = None) -> None:
+        self.config: Final = config
+        self.recorder: Final = Recorder(
+            [(pool.name, pool.slow_query_threshold) for pool in config.pools.values()], clock
+        )
+        self._observer: Final[Observer] = self.recorder if observer is None else observer
+        self.pools: dict[str, Pool] = {}
+        self._listener: PgListener | None = None
+        self._http: HttpServer | None = None
+        self._stopping = asyncio.Event()
+        self._started: asyncio.Future[None] | None = None
+        self._main: asyncio.Task[None] | None = None
+        self._children: set[asyncio.Task[None]] = set()
+
+    @property
+    def pg_address(self) -> tuple[str, int]:
+        """Where PostgreSQL clients connect to; with the real port where 0 was asked for."""
+        assert self._listener is not None
+        return self._listener.address
+
+    @property
+    def http_address(self) -> tuple[str, int]:
+        assert self._http is not None
+        return self._http.address
+
+    def snapshots(self) -> list[PoolSnapshot]:
+        now = clock()
+        return [pool.snapshot(now) for pool in self.pools.values()]
+
+    async def start(self) -> None:
+        """Returns when both ports are open. Raises ConfigError if one cannot be."""
+        self._started = asyncio.get_running_loop().create_future()
+        self._main = asyncio.create_task(self._run())
+        await asyncio.wait((self._started, self._main), return_when=asyncio.FIRST_COMPLETED)
+        if self._main.done():
+            _reraise(self._main)
+
+    async def wait(self) -> None:
+        """Until ``stop``; raises what broke the service."""
+        assert self._main is not None
+        await asyncio.wait((self._main,))
+        _reraise(self._main)
+
+    async def stop(self) -> None:
+        """Drain and stop. Safe to call if ``start`` failed."""
+        self._stopping.set()
+        if self._main is not None and not self._main.done():
+            await self.wait()
+
+    # -- life ----------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            self._group = group
+            try:
+                await self._open()
+                janitor = group.create_task(self._janitor())
+                assert self._started is not None
+                self._started.set_result(None)
+                await self._stopping.wait()
+                await self._drain()
+                await self._close()
+                janitor.cancel()
+            finally:
+                if self._http is not None:
+                    await self._http.stop()
+                for child in self._children:
+                    child.cancel()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._group.create_task(work)
+        self._children.add(task)
+        task.add_done_callback(self._children.discard)
+
+    async def _open(self) -> None:
+        observer = self._observer
+        tables: dict[str, PoolTables] = {}
+        for config in self.config.pools.values():
+            pool = Pool(config, observer.pool(config.name), observer.traffic, self._spawn)
+            self.pools[config.name] = pool
+            tables[config.name] = PoolTables(pool)
+        self._listener = PgListener(self.config, tables, observer, self._spawn)
+        metrics = MetricsText(self.recorder, self.snapshots, self._clients, CollectorRegistry())
+        http = HttpServer(self.config.http, metrics, self.readiness, self.recorder)
+        await self._listener.start()
+        try:
+            await http.start()
+        except OSError as exc:
+            where = f"{self.config.http.host}:{self.config.http.port}"
+            raise ConfigError(f"http: cannot listen on {where}: {exc.strerror or exc}") from exc
+        self._http = http
+        now = clock()
+        for pool in self.pools.values():
+            pool.start(now)
+        log.info(
+            "ready for clients",
+            extra={
+                "postgresql": "{}:{}".format(*self.pg_address),
+                "http": "{}:{}".format(*self.http_address),
+                "pools": ",".join(self.pools),
+            },
+        )
+
+    async def _janitor(self) -> None:
+        due = clock() + TICK
+        while True:
+            await asyncio.sleep(due - clock())
+            now = clock()
+            self._observer.loop_lag(max(0.0, now - due))
+            for pool in self.pools.values():
+                pool.tick(now)
+            self.recorder.tick(now)
+            due = max(due + TICK, now)
+
+    async def _drain(self) -> None:
+        assert self._listener is not None
+        self._listener.stop_accepting()
+        deadline = clock() + self.config.drain_timeout
+        log.info("draining", extra={"clients": self._listener.clients})
+        while clock() < deadline and any(  # noqa: ASYNC110  once in a life; an event would need a hook in the hot path
+            pool.state.active or pool.state.waiters for pool in self.pools.values()
+        ):
+            await asyncio.sleep(0.02)
+
+    async def _close(self) -> None:
+        assert self._listener is not None
+        now = clock()
+        for pool in self.pools.values():
+            pool.close(now)
+        self._listener.end_all()
+        deadline = clock() + _CLOSE_TIMEOUT
+        while clock() < deadline and any(pool.state.size for pool in self.pools.values()):  # noqa: ASYNC110  as above
+            await asyncio.sleep(0.02)
+        for pool in self.pools.values():
+            pool.abort()
+        log.info("stopped")
+
+    # -- telling ---------------------------------------------------------------------------------
+
+    def readiness(self) -> list[str]:
+        """Why no traffic should come here; empty if it may."""
+        if self._stopping.is_set():
+            return ["draining"]
+        return [
+            f"pool {pool.name!r}: PostgreSQL at {pool.config.target.describe()} is not reachable"
+            + (f" ({cause})" if (cause := pool.why_down()) else "")
+            for pool in self.pools.values()
+            if not pool.is_up
+        ]
+
+    def _clients(self) -> tuple[int, int, int, int]:
+        listener, http = self._listener, self._http
+        return (
+            0 if listener is None else listener.clients,
+            self.config.listen.max_clients,
+            0 if http is None else http.connections,
+            self.config.http.max_connections,
+        )
+
+
+def _reraise(task: asyncio.Task[None]) -> None:
+    """The cause rather than the group it came in."""
+    if task.cancelled():
+        return
+    error = task.exception()
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    if error is not None:
+        raise error

@@ -1,0 +1,89 @@
+"""Fixtures with a real PostgreSQL; what it logged during a failed test is in the report.
+
+``PGSIDECAR_TEST_POSTGRES`` chooses its version, 16 (default) or 18. Without the binaries the tests
+that need them fail: nothing is skipped.
+"""
+
+import os
+from collections.abc import Callable, Generator, Iterator
+
+import pytest
+
+from sidecar.demo.postgres import EmbeddedPostgres
+
+MakePostgres = Callable[..., EmbeddedPostgres]
+
+_VERSIONS = ("16", "18")
+_VARIABLE = "PGSIDECAR_TEST_POSTGRES"
+_LOG_LIMIT = 20_000  # characters of one server's log in a report
+
+_log_begins = pytest.StashKey[dict[EmbeddedPostgres, int]]()
+_servers: list[EmbeddedPostgres] = []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get(_VARIABLE, "16") not in _VERSIONS:
+        raise pytest.UsageError(f"{_VARIABLE} must be one of {', '.join(_VERSIONS)}")
+
+
+@pytest.fixture(scope="session")
+def postgres_version() -> int:
+    return int(os.environ.get(_VARIABLE, "16"))
+
+
+@pytest.fixture(scope="session")
+def postgres(postgres_version: int) -> Iterator[EmbeddedPostgres]:
+    """One server for all tests of this worker: use own names in it, do not stop it."""
+    with EmbeddedPostgres(postgres_version, settings={"max_connections": "200"}) as server:
+        _servers.append(server)
+        yield server
+        _servers.remove(server)
+
+
+@pytest.fixture
+def own_postgres(postgres_version: int) -> Iterator[MakePostgres]:
+    """Makes servers that this test may kill, stall and configure (about 1 s each).
+
+    Takes the arguments of ``EmbeddedPostgres``; they run when returned and are gone after the test.
+    """
+    made: list[EmbeddedPostgres] = []
+
+    def make(version: int = postgres_version, **options: object) -> EmbeddedPostgres:
+        server = EmbeddedPostgres(version, **options)  # type: ignore[arg-type]  # passed on
+        made.append(server)
+        server.start()
+        _servers.append(server)
+        return server
+
+    yield make
+    for server in made:
+        if server in _servers:
+            _servers.remove(server)
+        server.stop()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
+    item.stash[_log_begins] = {
+        server: server.log_path.stat().st_size for server in _servers if server.is_started
+    }
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Attach what the servers logged since the test began, as PgBouncer's tests do."""
+    report = yield
+    if report.failed:
+        begins = item.stash.get(_log_begins, {})
+        for server in _servers:
+            if not server.is_started:
+                continue  # the test stopped it, its log is gone
+            with server.log_path.open(errors="replace") as file:
+                file.seek(begins.get(server, 0))
+                text = file.read()[-_LOG_LIMIT:]
+            if text:
+                report.sections.append((f"PostgreSQL's log (port {server.port})", text))
+    return report
