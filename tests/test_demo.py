@@ -140,6 +140,10 @@ def test_runs_for_some_seconds_with_true_figures() -> None:
     assert max(rates) > 50
     assert re.search(r"main: \d+/25 used, .* P50 \d\S* ms", running.text)
     assert "\x1b" not in running.text
+    # what fails is what the workload provokes: unique violation (23505), division by zero (22012)
+    assert set(re.findall(r"SQLSTATE (\w+)", running.text)) <= {"22", "23"}
+    assert "Traceback" not in running.text
+    assert "ERROR" not in running.text
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -175,7 +179,7 @@ def test_terminal_is_redrawn_and_given_back() -> None:
         os.killpg(running.process.pid, signal.SIGINT)
         assert running.wait(STOPS_WITHIN) == 0
     assert running.text.index("\x1b[?25l") < running.text.index("\x1b[?25h")
-    assert "█" in running.text
+    assert re.search("[█▒]", running.text)
 
 
 def test_taken_port_that_was_asked_for_is_an_error() -> None:

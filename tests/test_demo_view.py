@@ -36,6 +36,7 @@ FIGURES = PoolFigures(
     name="main",
     mode="transaction",
     is_up=True,
+    was_up=True,
     used=5,
     idle=3,
     connecting=0,
@@ -113,10 +114,18 @@ def test_change_is_an_event(
 ) -> None:
     """Once, when it begins or ends; not as long as it lasts."""
     reader = FigureReader(Recorder([("main", 5.0)], clock=lambda: 0.0), 0.0)
+    reader.read([SNAPSHOT], 0.5)
     reader.read([replace(SNAPSHOT, **before)], 1.0)  # type: ignore[arg-type]  # from the table
     changed = replace(SNAPSHOT, **after)  # type: ignore[arg-type]  # from the table
     assert reader.read([changed], 2.0).events == ((event,) if event else ())
     assert reader.read([changed], 3.0).events == ()
+
+
+def test_first_connection_is_no_event() -> None:
+    """The pool connects when the demo begins: nothing was down, nothing is back."""
+    reader = FigureReader(Recorder([("main", 5.0)], clock=lambda: 0.0), 0.0)
+    for number, is_up in enumerate([False, False, True]):
+        assert reader.read([replace(SNAPSHOT, is_up=is_up)], number).events == ()
 
 
 def test_failed_query_is_an_event_with_its_class() -> None:

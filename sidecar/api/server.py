@@ -18,7 +18,8 @@ from sidecar.observe.recorder import Recorder
 
 KEEPALIVE = 75.0
 """Seconds a connection may be idle, or take for a request's head: longer than the usual scrape
-intervals of 15 to 60 s, so that Prometheus keeps its connection."""
+intervals of 15 to 60 s, so that Prometheus keeps its connection. aiohttp cuts off a first request
+that takes longer since 3.14.4."""
 LINGERING = 2.0
 """Seconds for a request's body that nobody reads."""
 STOP_TIMEOUT = 2.0

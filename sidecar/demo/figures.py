@@ -22,6 +22,7 @@ class PoolFigures:
     name: str
     mode: str
     is_up: bool
+    was_up: bool  # now or before: what precedes the first connection is no event
     used: int
     idle: int
     connecting: int
@@ -107,6 +108,7 @@ def _figures(
         name=snapshot.name,
         mode=snapshot.mode.value,
         is_up=snapshot.is_up,
+        was_up=snapshot.is_up or (before is not None and before.was_up),
         used=snapshot.used,
         idle=snapshot.idle,
         connecting=snapshot.connecting,
@@ -127,7 +129,7 @@ def _figures(
 def _events(pool: PoolFigures, before: PoolFigures | None) -> list[str]:
     """What began or ended between two looks, most important last."""
     events: list[str] = []
-    if before is None:
+    if before is None or not before.was_up:
         return events
     if _forgets(pool) and not _forgets(before):
         took = pool.longest_idle_in_transaction

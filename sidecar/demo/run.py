@@ -69,7 +69,7 @@ async def run_demo(
     with _signals(out) as stopping:
         async with AsyncExitStack() as stack:
             server = stack.enter_context(_postgres(out))
-            service = await stack.enter_async_context(_service(server, port, http_port))
+            service = await stack.enter_async_context(_service(server, port, http_port, stopping))
             workload = await stack.enter_async_context(_workload(server, service))
             try:
                 _print_addresses(server, service, out)
@@ -133,13 +133,19 @@ def _postgres(out: TextIO) -> Iterator[EmbeddedPostgres]:
 
 
 @asynccontextmanager
-async def _service(server: EmbeddedPostgres, port: int, http_port: int) -> AsyncIterator[Service]:
+async def _service(
+    server: EmbeddedPostgres, port: int, http_port: int, stopping: asyncio.Event
+) -> AsyncIterator[Service]:
+    """The sidecar; if it breaks, the demo stops and tells why."""
     service = Service(config.parse(_config_text(server, port, http_port), {}, "demo"))
     try:
         await service.start()
+        ended = asyncio.create_task(service.wait())
+        ended.add_done_callback(lambda _: stopping.set())
         yield service
     finally:
         await service.stop()
+    await ended
 
 
 def _config_text(server: EmbeddedPostgres, port: int, http_port: int) -> str:
@@ -237,7 +243,8 @@ async def _watch(
                 pass
             workload.check()
             figures = reader.read(service.snapshots(), service.recorder.clock())
-            view.show(figures)
+            if not stopping.is_set():  # a second cut short would show a rate of chance
+                view.show(figures)
     finally:
         view.close()
     print(_summary(figures), file=out)

@@ -54,8 +54,8 @@ QUERY_BUCKETS: Final[tuple[float, ...]] = (
     *(0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75),
     *(1.0, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0),
 )
-"""Upper bounds, seconds. The query list holds OpenTelemetry's advised bounds and 5 s; neighbours are
-at most a factor of 2 apart, since ``histogram_quantile`` is wrong by up to that factor."""
+"""Upper bounds, seconds. The query list holds OpenTelemetry's advised bounds and 5 s; between 0.25 ms and
+10 s neighbours are at most a factor of 2 apart, since ``histogram_quantile`` is wrong by up to that."""
 
 # The classes of errcodes.txt in PostgreSQL 18's sources. A function can raise any other.
 SQLSTATE_CLASSES: Final[tuple[str, ...]] = (
@@ -182,7 +182,8 @@ class PoolRecorder:
         self.ping_durations = Histogram(WAIT_BUCKETS)
         self.timeouts = dict.fromkeys(TimeoutKind, 0)
 
-    # The hot path. Figures: one call from Python, interpreted, on the build machine.
+    # The hot path. Measured, ns a call: interpreted 60, 150, 270, 150 in this order (30 of them are the
+    # call itself), compiled by mypyc 15, 105, 90, 115; prometheus_client's observe takes 1000 to 2200.
 
     def acquired_at_once(self, used: int) -> None:
         self._immediate += 1
@@ -197,7 +198,8 @@ class PoolRecorder:
         uses.total += held
 
     def query_done(self, operation: int, took: float) -> None:
-        # The index of the sketch gives the classic bucket, too: 60 ns less than a second bisect
+        # sketch.index_of inlined, 50 ns a call. Its index tells the classic bucket, too: 50 ns less
+        # than a bisect for that
         if LOWEST < took < HIGHEST:
             index = int(log(took) * SCALE + SHIFT)
         else:

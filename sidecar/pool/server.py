@@ -44,19 +44,6 @@ class Owner(Protocol):
     def lost(self, server: "ServerConnection") -> None: ...
 
 
-class Prepared:
-    """A statement that clients of a pool prepared by name: text and parameter types are its
-    identity, the name is the one it has on server connections."""
-
-    __slots__ = ("__weakref__", "name", "operation", "parse", "pin")
-
-    def __init__(self, name: bytes, parse: bytes, operation: int, pin: PinReason | None) -> None:
-        self.name: Final = name
-        self.parse: Final = parse  # the whole Parse message under that name
-        self.operation: Final = operation
-        self.pin: Final = pin
-
-
 class ServerConnection:
     """An ``asyncio.Protocol`` by shape (native classes cannot inherit from it)."""
 
@@ -131,7 +118,7 @@ class ServerConnection:
         self.mid_message = False  # a client message has been forwarded in part
         self.cancels = 0  # cancel requests under way
         # what a session leaves behind
-        self.prepared: dict[Prepared, None] = {}  # longest unused first
+        self.prepared: dict[Any, None] = {}  # proxy.prepared.Prepared, longest unused first
         self.settings: Any = None  # proxy.settings.Settings in force; None as connected
         self.is_dirty = False
         self.pin: PinReason | None = None  # what keeps the lease beyond the transaction
@@ -352,8 +339,7 @@ class _Canceller(asyncio.Protocol):
         self._packet = packet
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)
+    def connection_made(self, transport: Any) -> None:  # uvloop's are not asyncio's by class
         transport.write(self._packet)
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -9,8 +9,9 @@ so does the ledger; what the skipped messages had changed in our books is undone
 
 from typing import Final
 
-from sidecar.pool.server import Prepared, ServerConnection
+from sidecar.pool.server import ServerConnection
 from sidecar.protocol import messages as m
+from sidecar.proxy.prepared import Prepared
 
 # Codes below any message type. The first two have no reply of the server's own.
 FAKE_PARSE: Final = 1  # the client's Parse was not sent: the statement is there; we answer

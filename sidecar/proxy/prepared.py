@@ -8,13 +8,28 @@ last of them; how many one server connection keeps is bounded (least recently us
 """
 
 from itertools import count
+from typing import Final
 from weakref import WeakValueDictionary
 
-from sidecar.pool.server import Prepared, ServerConnection
+from sidecar.events import PinReason
+from sidecar.pool.server import ServerConnection
 from sidecar.protocol import messages as m
 from sidecar.sql import Query
 
-PREFIX = b"pgsidecar_"
+PREFIX: Final[bytes] = b"pgsidecar_"
+
+
+class Prepared:
+    """A statement that clients of a pool prepared by name: text and parameter types are its
+    identity, the name is the one it has on server connections."""
+
+    __slots__ = ("__weakref__", "name", "operation", "parse", "pin")
+
+    def __init__(self, name: bytes, parse: bytes, operation: int, pin: PinReason | None) -> None:
+        self.name: Final = name
+        self.parse: Final = parse  # the whole Parse message under that name
+        self.operation: Final = operation
+        self.pin: Final = pin
 
 
 class PreparedTable:
@@ -52,4 +67,5 @@ def oldest(server: ServerConnection, limit: int) -> Prepared | None:
     """A statement to close before another is prepared; None while there is room."""
     if len(server.prepared) < limit:
         return None
-    return next(iter(server.prepared))
+    statement: Prepared = next(iter(server.prepared))
+    return statement

@@ -338,9 +338,10 @@ class Relay:
         try:
             if self._is_setting:
                 data = self._settings_reply(server, data)
-                if not data:
+                if self.server is not server or self._is_setting:
                     return
-            data = replies.forward(server, data, now)
+            if data:
+                data = replies.forward(server, data, now)
         except ServerProtocolError as exc:
             self._lose(server, exc, CloseReason.PROTOCOL_ERROR, now)
             return
@@ -453,6 +454,8 @@ class Relay:
         self.settings.is_proven = True
         if rest:
             self._forward(server, rest, now)
+        elif server.expected and server.expected[0] <= expect.AUTOMATIC:
+            self._write(self.replies.answer_ourselves(server))
 
     def _tell_value(self, server: ServerConnection, body: bytes) -> None:
         """The client learns how the server spells the values it asked for at login."""

@@ -10,9 +10,10 @@ from typing import Final
 
 from sidecar.errors import ClientProtocolError
 from sidecar.events import Operation, PinReason
-from sidecar.pool.server import Prepared, ServerConnection
+from sidecar.pool.server import ServerConnection
 from sidecar.protocol import messages as m
 from sidecar.proxy import expect, prepared
+from sidecar.proxy.prepared import Prepared
 from sidecar.sql import Query, classify
 
 INSPECTED: Final = 16 * 1024
