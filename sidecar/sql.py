@@ -59,6 +59,16 @@ _OPERATIONS: Final = {
     ),
 }
 
+_COMMON: Final = {
+    b"select ": Operation.SELECT,
+    b"insert ": Operation.INSERT,
+    b"update ": Operation.UPDATE,
+    b"delete ": Operation.DELETE,
+}
+
+_TRANSACTION: Final = int(Operation.TRANSACTION)
+"""The lesser ones are plain DML. A name of its own: ``Enum.MEMBER`` costs 0.2 us on Python 3.11."""
+
 _LOOKED_AT: Final = 64 * 1024  # bytes
 
 _first_word = re.compile(rb"(?:[\s(;]+|--[^\n]*\n|/\*.*?\*/)*([a-z]+)", re.DOTALL).match
@@ -98,23 +108,19 @@ _WITH = re.compile(rb"\)\s*(select|insert|update|delete|values|merge)\b")
 def classify(text: bytes) -> Query:
     """The operation of a query's first statement and the session effect of all of them."""
     low = text.lower()
-    found = _first_word(low)
-    if found is None:
-        return _PLAIN[Operation.OTHER]
-    word = found[1]
-    operation = _OPERATIONS.get(word, Operation.OTHER)
-    if operation is Operation.SELECT and word == b"with":
-        operation = _operation_of_with(low)
+    operation = _COMMON.get(low[:7])  # 0.1 us; a regular expression needs 1.5 us to say the same
+    if operation is None:
+        operation = _operation_of(low)
     is_single = low.find(b";", 0, -1) < 0
     if (
-        operation < Operation.TRANSACTION
+        operation < _TRANSACTION
         and is_single
         and b"advisory" not in low
         and b"set_config" not in low
         and b"temp" not in low
     ):
         return _PLAIN[operation]
-    if operation is Operation.TRANSACTION and is_single:
+    if operation == _TRANSACTION and is_single:
         return _PLAIN[operation]
     # Too long to look at closely without stalling everybody: take the worst for granted.
     pin = session_effect(low) if len(low) <= _LOOKED_AT else PinReason.SET
@@ -156,6 +162,15 @@ def _sets_for_session(statement: bytes, name: bytes) -> bool:
     if name in (b"local", b"transaction", b"constraints"):
         return False
     return name not in REPORTED_SETTINGS
+
+
+def _operation_of(low: bytes) -> Operation:
+    found = _first_word(low)
+    if found is None:
+        return Operation.OTHER
+    if found[1] == b"with":
+        return _operation_of_with(low)
+    return _OPERATIONS.get(found[1], Operation.OTHER)
 
 
 def _operation_of_with(low: bytes) -> Operation:

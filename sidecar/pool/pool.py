@@ -49,6 +49,10 @@ CANCEL_TIMEOUT: Final = 10.0  # s
 _LIFETIME_JITTER: Final = 0.1
 """Connections opened together must not all be replaced together."""
 
+# Names of their own for the hot path: ``Enum.MEMBER`` costs 0.2 us on Python 3.11.
+_ACTIVE: Final = ConnectionState.ACTIVE
+_WAITED: Final = AcquireOutcome.WAITED
+
 Spawn = Callable[[Coroutine[Any, Any, None]], object]
 
 
@@ -127,8 +131,11 @@ class Pool:
         if server.cancels or server.is_dirty or self.resets_always or server.tx_status != m.IDLE:
             self.state.move(server, ConnectionState.CHECKING)
             self._make_fit(server, now)
-        else:
+        elif self.state.waiters or now >= server.age_limit or self.is_closing:
             self._hand_over(server, now)
+        else:
+            server.status_since = now
+            self.state.give_back(server)
 
     def _hand_over(self, server: ServerConnection, now: float) -> None:
         """A fit connection goes to the next waiter or becomes idle."""
@@ -142,11 +149,11 @@ class Pool:
             server.status_since = now
             state.move(server, ConnectionState.IDLE)
             return
-        if server.state is not ConnectionState.ACTIVE:
-            state.move(server, ConnectionState.ACTIVE)
+        if server.state is not _ACTIVE:
+            state.move(server, _ACTIVE)
         server.leased_at = now
         waited = now - waiter.waiting_since
-        self.observer.acquired(AcquireOutcome.WAITED, waited, len(state.active))
+        self.observer.acquired(_WAITED, waited, len(state.active))
         waiter.granted(server, now)
 
     def _enqueue(self, waiter: Waiter, now: float) -> None:

@@ -52,6 +52,7 @@ class ServerConnection:
         "_closed",
         "_wake",
         "age_limit",
+        "automatic",
         "cancels",
         "close_reason",
         "copy_in",
@@ -107,6 +108,7 @@ class ServerConnection:
         # what the server is doing
         self.tx_status = m.IDLE
         self.expected: deque[int] = deque()  # replies owed, see proxy.relay
+        self.automatic = 0  # of them without a reply of the server's own
         self.undo: deque[Any] = deque()
         self.operations: deque[int] = deque()  # of the queries that run or are queued
         self.query_started = 0.0  # of the first of them

@@ -6,69 +6,70 @@ in 54.7). Encoders return complete messages, ready to be written.
 
 import struct
 from collections.abc import Iterable
+from typing import Final
 
 # Client to server
-BIND = 0x42  # B
-CLOSE = 0x43  # C
-COPY_DATA = 0x64  # d, both ways
-COPY_DONE = 0x63  # c, both ways
-COPY_FAIL = 0x66  # f
-DESCRIBE = 0x44  # D
-EXECUTE = 0x45  # E
-FLUSH = 0x48  # H
-FUNCTION_CALL = 0x46  # F
-PARSE = 0x50  # P
-PASSWORD = 0x70  # p: PasswordMessage, SASLInitialResponse, SASLResponse
-QUERY = 0x51  # Q
-SYNC = 0x53  # S
-TERMINATE = 0x58  # X
+BIND: Final = 0x42  # B
+CLOSE: Final = 0x43  # C
+COPY_DATA: Final = 0x64  # d, both ways
+COPY_DONE: Final = 0x63  # c, both ways
+COPY_FAIL: Final = 0x66  # f
+DESCRIBE: Final = 0x44  # D
+EXECUTE: Final = 0x45  # E
+FLUSH: Final = 0x48  # H
+FUNCTION_CALL: Final = 0x46  # F
+PARSE: Final = 0x50  # P
+PASSWORD: Final = 0x70  # p: PasswordMessage, SASLInitialResponse, SASLResponse
+QUERY: Final = 0x51  # Q
+SYNC: Final = 0x53  # S
+TERMINATE: Final = 0x58  # X
 
 # Server to client
-AUTHENTICATION = 0x52  # R
-BACKEND_KEY_DATA = 0x4B  # K
-BIND_COMPLETE = 0x32  # 2
-CLOSE_COMPLETE = 0x33  # 3
-COMMAND_COMPLETE = 0x43  # C
-COPY_BOTH_RESPONSE = 0x57  # W
-COPY_IN_RESPONSE = 0x47  # G
-COPY_OUT_RESPONSE = 0x48  # H
-DATA_ROW = 0x44  # D
-EMPTY_QUERY_RESPONSE = 0x49  # I
-ERROR_RESPONSE = 0x45  # E
-FUNCTION_CALL_RESPONSE = 0x56  # V
-NEGOTIATE_PROTOCOL_VERSION = 0x76  # v
-NO_DATA = 0x6E  # n
-NOTICE_RESPONSE = 0x4E  # N
-NOTIFICATION_RESPONSE = 0x41  # A
-PARAMETER_DESCRIPTION = 0x74  # t
-PARAMETER_STATUS = 0x53  # S
-PARSE_COMPLETE = 0x31  # 1
-PORTAL_SUSPENDED = 0x73  # s
-READY_FOR_QUERY = 0x5A  # Z
-ROW_DESCRIPTION = 0x54  # T
+AUTHENTICATION: Final = 0x52  # R
+BACKEND_KEY_DATA: Final = 0x4B  # K
+BIND_COMPLETE: Final = 0x32  # 2
+CLOSE_COMPLETE: Final = 0x33  # 3
+COMMAND_COMPLETE: Final = 0x43  # C
+COPY_BOTH_RESPONSE: Final = 0x57  # W
+COPY_IN_RESPONSE: Final = 0x47  # G
+COPY_OUT_RESPONSE: Final = 0x48  # H
+DATA_ROW: Final = 0x44  # D
+EMPTY_QUERY_RESPONSE: Final = 0x49  # I
+ERROR_RESPONSE: Final = 0x45  # E
+FUNCTION_CALL_RESPONSE: Final = 0x56  # V
+NEGOTIATE_PROTOCOL_VERSION: Final = 0x76  # v
+NO_DATA: Final = 0x6E  # n
+NOTICE_RESPONSE: Final = 0x4E  # N
+NOTIFICATION_RESPONSE: Final = 0x41  # A
+PARAMETER_DESCRIPTION: Final = 0x74  # t
+PARAMETER_STATUS: Final = 0x53  # S
+PARSE_COMPLETE: Final = 0x31  # 1
+PORTAL_SUSPENDED: Final = 0x73  # s
+READY_FOR_QUERY: Final = 0x5A  # Z
+ROW_DESCRIPTION: Final = 0x54  # T
 
 # Transaction status of ReadyForQuery
-IDLE = 0x49  # I
-IN_TRANSACTION = 0x54  # T
-FAILED = 0x45  # E
+IDLE: Final = 0x49  # I
+IN_TRANSACTION: Final = 0x54  # T
+FAILED: Final = 0x45  # E
 
 # Authentication requests (54.7, "Authentication*")
-AUTH_OK = 0
-AUTH_CLEARTEXT = 3
-AUTH_MD5 = 5
-AUTH_SASL = 10
-AUTH_SASL_CONTINUE = 11
-AUTH_SASL_FINAL = 12
+AUTH_OK: Final = 0
+AUTH_CLEARTEXT: Final = 3
+AUTH_MD5: Final = 5
+AUTH_SASL: Final = 10
+AUTH_SASL_CONTINUE: Final = 11
+AUTH_SASL_FINAL: Final = 12
 
-HEADER = struct.Struct("!BI")
+HEADER: Final = struct.Struct("!BI")
 """Type byte and length; the length counts itself but not the type."""
 
-_INT = struct.Struct("!I")
+_INT: Final = struct.Struct("!I")
 
-PARSE_COMPLETE_MESSAGE = b"1\x00\x00\x00\x04"
-SYNC_MESSAGE = b"S\x00\x00\x00\x04"
-TERMINATE_MESSAGE = b"X\x00\x00\x00\x04"
-READY_IDLE_MESSAGE = b"Z\x00\x00\x00\x05I"
+PARSE_COMPLETE_MESSAGE: Final = b"1\x00\x00\x00\x04"
+SYNC_MESSAGE: Final = b"S\x00\x00\x00\x04"
+TERMINATE_MESSAGE: Final = b"X\x00\x00\x00\x04"
+READY_IDLE_MESSAGE: Final = b"Z\x00\x00\x00\x05I"
 
 
 def message(kind: int, body: bytes) -> bytes:

@@ -59,6 +59,8 @@ def skip_to_sync(server: ServerConnection) -> int:
     queries = 0
     while expected and expected[0] != m.SYNC:
         code = expected.popleft()
+        if code <= AUTOMATIC:
+            server.automatic -= 1
         if code in (m.EXECUTE, m.QUERY, m.FUNCTION_CALL):
             queries += 1
         elif code in _WITH_UNDO:

@@ -36,8 +36,10 @@ HELD_BACK: Final = 64 * 1024
 _SAMPLED: Final = 64
 """One lease in so many is timed for ``proxy_overhead_seconds``."""
 
-_NO_REPLY: Final = frozenset({m.FLUSH, m.COPY_DATA, m.COPY_DONE, m.COPY_FAIL})
-"""Without a lease there is nothing these could apply to: the rest of a copy that has failed."""
+_NEEDS_SERVER: Final = frozenset(
+    {m.QUERY, m.PARSE, m.BIND, m.DESCRIBE, m.EXECUTE, m.CLOSE, m.SYNC, m.FUNCTION_CALL}
+)
+"""Without a lease the others have nothing to apply to: Flush, and the rest of a copy that failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,15 +203,16 @@ class Relay:
             if len(data) < 5:
                 break
             kind, length = m.HEADER.unpack_from(data)
-            try:
-                check_header(kind, length)
-            except ClientProtocolError as exc:
-                self._fail(exc)
-                return
-            if kind == m.TERMINATE:
-                self.close()
-                return
-            if self._skip_to_sync or kind in _NO_REPLY:
+            if kind not in _NEEDS_SERVER or length < 4:
+                try:
+                    check_header(kind, length)
+                except ClientProtocolError as exc:
+                    self._fail(exc)
+                    return
+                if kind == m.TERMINATE:
+                    self.close()
+                    return
+            if self._skip_to_sync or kind not in _NEEDS_SERVER:
                 self._skip_bytes = 1 + length
                 if self._skip_to_sync and kind == m.SYNC:
                     self._skip_to_sync = False

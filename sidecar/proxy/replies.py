@@ -133,9 +133,13 @@ class Replies:
                 if expected and expected[0] == m.DESCRIBE:
                     expected.popleft()
             elif kind == m.BIND_COMPLETE:
-                self._settle(server, kind, m.BIND)
+                if not expected or expected.popleft() != m.BIND:
+                    raise ServerProtocolError("BindComplete from the server answers no request")
             elif kind == m.PARSE_COMPLETE:
-                self._parsed(server, data, pos, end)
+                if expected and expected[0] == m.PARSE:
+                    expected.popleft()
+                else:
+                    self._parsed(server, data, pos, end)
             elif kind == m.ERROR_RESPONSE:
                 self._error(server, data[pos + 5 : end], now)
             elif kind == m.CLOSE_COMPLETE:
@@ -149,22 +153,18 @@ class Replies:
                 self.values.append(data[pos + 5 : end])
             elif kind not in _UNSETTLING:
                 raise ServerProtocolError(f"unexpected message type {kind} from the server")
-            if expected and expected[0] <= expect.AUTOMATIC:
+            if server.automatic and expected and expected[0] <= expect.AUTOMATIC:
                 self._advance(server, data, end)
             pos = end
         return pos
 
     # -- the ledger ----------------------------------------------------------------------------
 
-    def _settle(self, server: ServerConnection, kind: int, request: int) -> None:
-        if not server.expected or server.expected[0] != request:
-            raise ServerProtocolError(f"message type {kind} from the server answers no request")
-        server.expected.popleft()
-
     def _advance(self, server: ServerConnection, data: bytes, end: int) -> None:
         """Settle what has come to the head and has no reply of the server's own."""
         expected = server.expected
         while expected and expected[0] <= expect.AUTOMATIC:
+            server.automatic -= 1
             if expected.popleft() == expect.FAKE_PARSE:
                 server.undo.popleft()
                 self._cut(data, end, end).append(m.PARSE_COMPLETE_MESSAGE)
@@ -181,9 +181,9 @@ class Replies:
         head = server.expected.popleft() if server.expected else 0
         if head in (expect.PARSE_NAMED, expect.OUR_PARSE):
             server.undo.popleft()
-        elif head not in (m.PARSE, expect.OUR_UNNAMED_PARSE):
+        elif head != expect.OUR_UNNAMED_PARSE:
             raise ServerProtocolError("ParseComplete from the server answers no request")
-        if head in (expect.OUR_PARSE, expect.OUR_UNNAMED_PARSE):
+        if head != expect.PARSE_NAMED:
             self._cut(data, pos, end)
 
     def _closed(self, server: ServerConnection, data: bytes, pos: int, end: int) -> None:

@@ -190,6 +190,7 @@ class Requests:
                 server.copy_in = False
                 if expected:
                     expected.append(expect.COPY_END)
+                    server.automatic += 1
             elif kind == m.TERMINATE:
                 self.wants_to_leave = True
                 break
@@ -239,6 +240,7 @@ class Requests:
         if prepared.touch(server, statement):
             self._replace(data, pos, end, b"")
             server.expected.append(expect.FAKE_PARSE)
+            server.automatic += 1
         else:
             self._make_room(server, data, pos)
             self._replace(data, pos, end, statement.parse)
@@ -247,8 +249,15 @@ class Requests:
         server.undo.append((self._statements, name, statement))
 
     def _bind(self, server: ServerConnection, data: bytes, pos: int, end: int) -> None:
-        name = _end_of(data, pos + 5, end) + 1  # behind the portal's
-        self._use(server, data, pos, end, name)
+        query = self._unnamed
+        if query is not None and self._has_unnamed and data.startswith(b"\0\0", pos + 5, end):
+            # the common case, without a call: unnamed portal, unnamed statement, and it is there
+            self._operation = query.operation
+            if query.pin is not None:
+                _pin(server, query.pin)
+        else:
+            name = _end_of(data, pos + 5, end) + 1  # behind the portal's
+            self._use(server, data, pos, end, name)
         server.expected.append(m.BIND)
 
     def _describe(self, server: ServerConnection, data: bytes, pos: int, end: int) -> None:
