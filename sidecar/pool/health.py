@@ -4,6 +4,7 @@ Owns the round trips made on connections that nobody leases (ping, rollback, res
 between attempts to connect, and the names of what can go wrong. Decides nothing about the pool.
 """
 
+import errno
 import random
 import socket
 from collections.abc import Callable, Sequence
@@ -145,6 +146,8 @@ def explain(exc: BaseException, *, has_connected: bool) -> tuple[Phase, ErrorRea
             return Phase.CONNECT, ErrorReason.REFUSED
         case ConnectionError():
             return phase, ErrorReason.RESET
+        case OSError() if f"[Errno {errno.ECONNREFUSED}]" in str(exc):
+            return Phase.CONNECT, ErrorReason.REFUSED  # by every address of the host
     return Phase.CONNECT, ErrorReason.UNREACHABLE
 
 

@@ -222,8 +222,8 @@ class Pool:
 
     def _was_reset(self, server: ServerConnection, sqlstate: str) -> None:
         now = clock()
-        if server.state is not ConnectionState.CHECKING:
-            return
+        if sqlstate == ServerUnavailable.sqlstate:
+            return  # ``lost`` follows
         if sqlstate:
             self._close(server, CloseReason.RESET_FAILED, now)
             return

@@ -6,6 +6,7 @@ statements, settings). Does not decide who uses it: ``pool.pool`` does, and give
 """
 
 import asyncio
+import socket
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -136,6 +137,9 @@ class ServerConnection:
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
+        sock = transport.get_extra_info("socket")
+        if sock is not None and sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
     def data_received(self, data: bytes) -> None:
         self.traffic.server_received += len(data)

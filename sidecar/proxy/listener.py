@@ -116,7 +116,7 @@ class PgListener:
     def end_all(self) -> None:
         """Close the clients that are still there."""
         for relay in list(self._relays.values()):
-            relay.end("terminating connection because the connection pool shuts down")
+            relay.end()
         for session in list(self._logins):
             session.abort()
 

@@ -33,6 +33,8 @@ log = logging.getLogger("pgsidecar.proxy")
 HELD_BACK: Final = 64 * 1024
 """Bytes of a waiting client that are kept before its socket is not read any more."""
 
+_SHUTTING_DOWN: Final = "terminating connection because the connection pool shuts down"
+
 _SAMPLED: Final = 64
 """One lease in so many is timed for ``proxy_overhead_seconds``."""
 
@@ -116,7 +118,7 @@ class Relay:
             statement_limit=pool.config.max_prepared_statements,
         )
         self.replies: Final = Replies(
-            self.requests, pool.observer, pool.traffic, pool.config.slow_query_threshold
+            self.requests, pool.observer, pool.config.slow_query_threshold
         )
         self._holds_lease: Final = pool.config.mode is PoolMode.SESSION
         self.pid = 0  # of BackendKeyData
@@ -262,7 +264,7 @@ class Relay:
             self.transport.resume_reading()
         self._refuse_cycle(error, data)
         if self.is_leaving:
-            self.close()
+            self.end()
         else:
             self._begin(data)
 
@@ -359,6 +361,9 @@ class Relay:
 
     def _end_lease(self, server: ServerConnection, now: float) -> None:
         """Nothing is outstanding: give the connection back, unless it is kept for longer."""
+        if self.is_leaving:
+            self.end()
+            return
         if self._holds_lease or server.pin is not None:
             return
         if self._own_time >= 0.0:
@@ -367,8 +372,6 @@ class Relay:
         if self._is_write_paused:
             server.transport.resume_reading()
         self._pool.release(server, now)
-        if self.is_leaving:
-            self.close()
 
     def _leave(self, server: ServerConnection, reason: CloseReason, now: float) -> None:
         """The client is gone, or has to go, and holds a connection."""
@@ -488,16 +491,21 @@ class Relay:
         if self.is_waiting:
             self._pool.abandon(self, clock())
             self.refused(SidecarError("canceling statement due to user request", sqlstate="57014"))
-        elif self.server is not None and self.server.expected:
+        elif self.server is not None and self.server.expected and not self._is_setting:
             self._pool.cancel(self.server)
 
     def shut_down(self) -> None:
         """The sidecar drains: go when the lease is over."""
         self.is_leaving = True
-        if self.server is None and not self.is_waiting:
-            self.end("terminating connection because the connection pool shuts down")
+        server = self.server
+        if server is None:
+            is_busy = self.is_waiting
+        else:
+            is_busy = not self.replies.is_at_rest or server.tx_status != m.IDLE
+        if not is_busy:
+            self.end()
 
-    def end(self, text: str) -> None:
+    def end(self, text: str = _SHUTTING_DOWN) -> None:
         """Tell the client that the sidecar goes, and close."""
         self._fail(SidecarError(text, sqlstate="57P01"), is_error=False)
 

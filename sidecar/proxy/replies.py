@@ -8,7 +8,7 @@ other bulk are passed on in pieces; the short messages that steer us are taken w
 from typing import Final
 
 from sidecar.errors import ServerProtocolError
-from sidecar.events import ErrorOrigin, PoolObserver, Traffic
+from sidecar.events import ErrorOrigin, PoolObserver
 from sidecar.pool.server import ServerConnection
 from sidecar.protocol import messages as m
 from sidecar.proxy import expect
@@ -46,11 +46,9 @@ class Replies:
         "_requests",
         "_start",
         "_threshold",
-        "_traffic",
         "incoming",
         "is_at_rest",
         "said_fatal",
-        "transport",
         "values",
     )
 
@@ -58,12 +56,10 @@ class Replies:
         self,
         requests: Requests,
         observer: PoolObserver,
-        traffic: Traffic,
         slow_query_threshold: float,
     ) -> None:
         self._requests = requests
         self._observer = observer
-        self._traffic = traffic
         self._threshold = slow_query_threshold
         self._held = b""
         self._has_rolled_back = False  # in this cycle
@@ -258,6 +254,8 @@ class Replies:
             raise ServerProtocolError(f"unknown transaction status {status} from the server")
         server.cycle_failed = False
         self._has_rolled_back = False
+        while expected and expected[0] == expect.COPY_END:
+            expected.popleft()  # of the Query that has just ended
         self.is_at_rest = not expected
 
     def _error(self, server: ServerConnection, body: bytes, now: float) -> None:
