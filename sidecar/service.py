@@ -154,9 +154,9 @@ class Service:
 
     async def _drain(self) -> None:
         assert self._listener is not None
+        log.info("draining", extra={"clients": self._listener.clients})
         self._listener.stop_accepting()
         deadline = clock() + self.config.drain_timeout
-        log.info("draining", extra={"clients": self._listener.clients})
         while clock() < deadline and any(  # noqa: ASYNC110  once in a life; an event would need a hook in the hot path
             pool.state.active or pool.state.waiters for pool in self.pools.values()
         ):

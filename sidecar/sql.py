@@ -27,13 +27,15 @@ are carried over by ``proxy.settings`` and need no pin."""
 
 
 class Query:
-    """One text: its operation and why it pins a server connection, if it does."""
+    """One text: its operation, why it pins a server connection, and the setting that it resets
+    (``all``: every one; empty: none)."""
 
-    __slots__ = ("operation", "pin")
+    __slots__ = ("operation", "pin", "resets")
 
-    def __init__(self, operation: int, pin: PinReason | None) -> None:
+    def __init__(self, operation: int, pin: PinReason | None, resets: bytes = b"") -> None:
         self.operation: Final[int] = operation
         self.pin: Final = pin
+        self.resets: Final = resets
 
 
 _OPERATIONS: Final = {
@@ -71,37 +73,54 @@ _TRANSACTION: Final = int(Operation.TRANSACTION)
 
 _LOOKED_AT: Final = 64 * 1024  # bytes
 
-_first_word = re.compile(rb"(?:[\s(;]+|--[^\n]*\n|/\*.*?\*/)*([a-z]+)", re.DOTALL).match
+# Possessive, here and below: a client chooses the text, so none may make a match backtrack for ever.
+_first_word = re.compile(rb"(?>[\s(;]+|--[^\n]*\n|/\*.*?\*/)*+([a-z]+)", re.DOTALL).match
 
 # Plain DML takes this exit; one Query object for each operation.
 _PLAIN: Final = {op: Query(int(op), None) for op in Operation}
 
+# What has no end goes on to the end of the text, as it does for the server, which then refuses it.
+# Comments nest; two levels are enough for people.
 _TOKENS = re.compile(
     rb"""
-      (?P<blank> --[^\n]* | /\*.*?\*/ )
-    | (?P<text> e?'(?:[^'\\]|''|\\.)*' | \$(?P<tag>[a-z_0-9]*)\$.*?\$(?P=tag)\$ )
-    | (?P<name> "(?:[^"]|"")*" )
+      (?P<comment> --[^\n]*+
+        | /\*(?: [^/*]++ | /(?!\*) | \*(?!/)
+              | /\*(?: [^*]++ | \*(?!/) )*+(?:\*/|\Z) )*+(?:\*/|\Z) )
+    | (?P<text> (?<![a-z0-9_$\x80-\xff])e'(?: [^'\\]++ | '' | \\. )*+(?:'|\Z)
+        | '(?: [^']++ | '' )*+(?:'|\Z)
+        | (?<![a-z0-9_$\x80-\xff])\$(?P<tag>(?:[a-z_\x80-\xff][a-z0-9_\x80-\xff]*+)?)\$
+          .*?(?:\$(?P=tag)\$|\Z) )
+    | (?P<name> "(?: [^"]++ | "" )*+(?:"|\Z) )
     """,
     re.DOTALL | re.VERBOSE,
 )
 
+# Of one statement without comments and texts, its words one blank apart.
 _EFFECTS: Final = (
-    (PinReason.LISTEN, re.compile(rb"listen\b")),
-    (PinReason.PREPARE, re.compile(rb"prepare\s+(?!transaction\b)")),
-    (PinReason.CURSOR, re.compile(rb"declare\b.*\bwith\s+hold\b", re.DOTALL)),
+    (PinReason.LISTEN, re.compile(rb"listen\b").match),
+    (PinReason.PREPARE, re.compile(rb"prepare\b(?! transaction\b)").match),
+    (PinReason.CURSOR, re.compile(rb"declare\b.*\bwith hold\b").match),
     (
         PinReason.TEMP_TABLE,
         re.compile(
-            rb"create\s+(?:or\s+replace\s+)?(?:(?:global|local)\s+)?temp(?:orary)?\b"
-            rb"|create\b[^(]*\bpg_temp\b|.*\binto\s+(?:(?:global|local)\s+)?temp(?:orary)?\b",
-            re.DOTALL,
-        ),
+            rb"\bcreate (?:or replace )?(?:(?:global|local) )?temp(?:orary)?\b"
+            rb"|(?<!insert )(?<!merge )\binto (?:(?:global|local) )?temp(?:orary)?\b"
+        ).search,
     ),
-    (PinReason.SET, re.compile(rb"load\b")),
+    (PinReason.TEMP_TABLE, re.compile(rb"create\b[^(]*\bpg_temp").match),
+    (PinReason.SET, re.compile(rb"load\b").match),
+    (PinReason.ADVISORY_LOCK, re.compile(rb"\bpg_(?:try_)?advisory_lock(?:_shared)? ?\(").search),
 )
-_set_name = re.compile(rb"set\s+(?:session\s+)?([a-z_0-9.\"]+)").match
-_ADVISORY_LOCK = re.compile(rb"\bpg_(?:try_)?advisory_lock(?:_shared)?\s*\(")
-_SET_CONFIG = re.compile(rb"\bset_config\s*\((?!.*,\s*(?:true|'t'|'true')\s*\))", re.DOTALL)
+_suspicious = re.compile(
+    rb"\b(?:set|reset|listen|prepare|declare|create|into|load|pg_try_advisory|pg_advisory|set_config)"
+).search
+_set_name = re.compile(rb"set(?: session)?(?: |(?=\"))(\"[^\"]+\"|[^\s=]+)").match
+_reset_name = re.compile(rb"reset ?\"?([^\s\"]+)").match
+_SET_CONFIG = re.compile(rb"\bset_config ?\(")
+_is_local = re.compile(
+    rb", ?(?:is_local ?=> ?)?(?:true|'t'|'true')(?: ?:: ?bool(?:ean)?)? ?\)"
+).search
+_PLPGSQL = re.compile(rb"[;$']|\b(?:do|begin|then|else|loop)\b")
 _WITH = re.compile(rb"\)\s*(select|insert|update|delete|values|merge)\b")
 
 
@@ -123,42 +142,52 @@ def classify(text: bytes) -> Query:
     if operation == _TRANSACTION and is_single:
         return _PLAIN[operation]
     # Too long to look at closely without stalling everybody: take the worst for granted.
-    pin = session_effect(low) if len(low) <= _LOOKED_AT else PinReason.SET
-    return _PLAIN[operation] if pin is None else Query(int(operation), pin)
+    pin, resets = session_effect(low) if len(low) <= _LOOKED_AT else (PinReason.SET, b"")
+    return Query(int(operation), pin, resets) if pin or resets else _PLAIN[operation]
 
 
-def session_effect(low: bytes) -> PinReason | None:
-    """Why these statements (in lower case) leave session state behind; None if they do not."""
+def session_effect(low: bytes) -> tuple[PinReason | None, bytes]:
+    """Of statements in lower case: why they leave session state behind (None: they do not), and
+    which setting they reset."""
+    pin: PinReason | None = None
+    resets = b""
     bare = _TOKENS.sub(_without_text, low)
-    for statement in bare.split(b";"):
-        reason = _effect_of(statement.strip())
-        if reason is not None:
-            return reason
-    return None
+    statements = bare.split(b";")
+    if any(statement.lstrip().startswith(b"do") for statement in statements):
+        statements += _PLPGSQL.split(low)  # the one kind of code that is there to be seen
+    for statement in statements:
+        if _suspicious(statement) is None:
+            continue
+        words = b" ".join(statement.split())
+        pin = pin or _effect_of(words)
+        reset = _reset_name(words)
+        if reset is not None:
+            resets = reset[1]
+    return pin, resets
 
 
 def _without_text(match: re.Match[bytes]) -> bytes:
     """Blank out what could look like SQL but is not; keep a short value (set_config's 'true')."""
+    if match["comment"] is not None:
+        return b" "
     if match["text"] is not None and len(match[0]) <= 8:
         return match[0].replace(b";", b" ")
     return match[0].replace(b";", b"_") if match["name"] is not None else b" '' "
 
 
-def _effect_of(statement: bytes) -> PinReason | None:
-    named = _set_name(statement)
-    if named is not None and _sets_for_session(statement, named[1].strip(b'"')):
+def _effect_of(words: bytes) -> PinReason | None:
+    named = _set_name(words)
+    if named is not None and _sets_for_session(named[1].strip(b'"')):
         return PinReason.SET
-    for reason, pattern in _EFFECTS:
-        if pattern.match(statement):
+    for reason, found in _EFFECTS:
+        if found(words):
             return reason
-    if _ADVISORY_LOCK.search(statement):
-        return PinReason.ADVISORY_LOCK
-    if _SET_CONFIG.search(statement):
-        return PinReason.SET
-    return None
+    # each call up to the next one: it says itself whether it is local
+    calls = _SET_CONFIG.split(words)[1:]
+    return None if all(_is_local(call) for call in calls) else PinReason.SET
 
 
-def _sets_for_session(statement: bytes, name: bytes) -> bool:
+def _sets_for_session(name: bytes) -> bool:
     if name in (b"local", b"transaction", b"constraints"):
         return False
     return name not in REPORTED_SETTINGS

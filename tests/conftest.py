@@ -1,15 +1,27 @@
-"""Fixtures with a real PostgreSQL; what it logged during a failed test is in the report.
+"""Fixtures with a real PostgreSQL, and a real sidecar before it.
 
-``PGSIDECAR_TEST_POSTGRES`` chooses its version, 16 (default) or 18. Without the binaries the tests
-that need them fail: nothing is skipped.
+What they logged during a failed test is in the report. ``PGSIDECAR_TEST_POSTGRES`` chooses the version
+of PostgreSQL, 16 (default) or 18. Without the binaries the tests that need them fail: nothing is
+skipped. Tests run on uvloop, as the sidecar does.
 """
 
+import asyncio
 import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
+from contextlib import AsyncExitStack, ExitStack
+from pathlib import Path
 
 import pytest
+import uvloop
 
 from sidecar.demo.postgres import EmbeddedPostgres
+from tests.sidecar_process import (
+    MakeProcess,
+    MakeService,
+    ServiceHere,
+    SidecarProcess,
+    configuration,
+)
 
 MakePostgres = Callable[..., EmbeddedPostgres]
 
@@ -24,6 +36,11 @@ _servers: list[EmbeddedPostgres] = []
 def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get(_VARIABLE, "16") not in _VERSIONS:
         raise pytest.UsageError(f"{_VARIABLE} must be one of {', '.join(_VERSIONS)}")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    return {"uvloop": uvloop.new_event_loop}
 
 
 @pytest.fixture(scope="session")
@@ -60,6 +77,32 @@ def own_postgres(postgres_version: int) -> Iterator[MakePostgres]:
         if server in _servers:
             _servers.remove(server)
         server.stop()
+
+
+@pytest.fixture
+async def make_service() -> AsyncIterator[MakeService]:
+    """Starts sidecars on this event loop; when they stop, nothing may be left in their pools."""
+    async with AsyncExitStack() as stack:
+
+        async def make(dsn: str, **options: object) -> ServiceHere:
+            service = await ServiceHere.start(configuration(dsn, **options))  # type: ignore[arg-type]  # passed on
+            stack.push_async_callback(service.stop)
+            return service
+
+        yield make
+
+
+@pytest.fixture
+def make_process(tmp_path: Path) -> Iterator[MakeProcess]:
+    """Starts sidecars in processes of their own, killed after the test."""
+    with ExitStack() as stack:
+
+        def make(dsn: str, **options: object) -> SidecarProcess:
+            process = SidecarProcess.start(configuration(dsn, **options), tmp_path)  # type: ignore[arg-type]  # passed on
+            stack.callback(process.close)
+            return process
+
+        yield make
 
 
 @pytest.hookimpl(wrapper=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from sidecar.errors import ServerError, ServerProtocolError, ServerUnavailable, SidecarError
 from sidecar.events import ErrorReason, Phase
-from sidecar.pool.server import ServerConnection
+from sidecar.pool.server import MAX_LOGIN_MESSAGE, ServerConnection
 from sidecar.protocol import messages as m
 
 PING: tuple[bytes, ...] = (m.query(b""),)
@@ -20,6 +20,9 @@ PING: tuple[bytes, ...] = (m.query(b""),)
 ROLLBACK = m.query(b"ROLLBACK")
 DISCARD_ALL = m.query(b"DISCARD ALL")
 """Two messages: DISCARD ALL refuses to run together with other statements."""
+
+LOST = "lost"
+"""In place of an SQLSTATE; no server can say it."""
 
 _BACKOFF_FIRST = 0.1  # s
 _BACKOFF_MOST = 5.0  # s: a server that is back is used within seconds
@@ -34,7 +37,7 @@ class Check:
         queries: Sequence[bytes],
         done: Callable[[ServerConnection, str], None],
     ) -> None:
-        """``done(server, sqlstate)`` is called once: "" if all went well, 08006 if it was lost."""
+        """``done(server, sqlstate)`` is called once: "" if all went well, ``LOST`` if it was lost."""
         self._server = server
         self._done = done
         self._owed = len(queries)
@@ -49,6 +52,9 @@ class Check:
         while len(data) - pos >= 5:
             kind, length = m.HEADER.unpack_from(data, pos)
             end = pos + 1 + length
+            if not 4 <= length <= MAX_LOGIN_MESSAGE:
+                self._owed = 0
+                break
             if end > len(data):
                 break
             body = data[pos + 5 : end]
@@ -63,12 +69,14 @@ class Check:
         self._rest = data[pos:]
         if not self._owed:
             self._server.receiver = None
+            if self._rest:
+                self._sqlstate = self._sqlstate or ServerProtocolError.sqlstate
             if self._server.tx_status != m.IDLE:
                 self._sqlstate = self._sqlstate or "25001"  # active_sql_transaction
             self._done(self._server, self._sqlstate)
 
     def server_lost(self) -> None:
-        self._done(self._server, ServerUnavailable.sqlstate)
+        self._done(self._server, LOST)
 
     def server_writable(self, is_writable: bool) -> None:
         pass  # a check is a few bytes

@@ -190,12 +190,15 @@ class Pool:
             self.cancel(server)
         self._close(server, reason, now)
 
-    def cancel(self, server: ServerConnection) -> None:
-        """Cancel what this connection runs. It is not handed on before the signal has arrived."""
+    def cancel(self, server: ServerConnection) -> asyncio.Future[None]:
+        """Cancel what this connection runs. It is not handed on before the signal has arrived, or
+        cannot arrive any more; the future is done then."""
         server.cancels += 1
-        self._spawn(self._cancel(server))
+        settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._spawn(self._cancel(server, settled))
+        return settled
 
-    async def _cancel(self, server: ServerConnection) -> None:
+    async def _cancel(self, server: ServerConnection, settled: asyncio.Future[None]) -> None:
         try:
             await cancel_query(server, clock() + CANCEL_TIMEOUT)
         except (OSError, TimeoutError) as exc:
@@ -206,6 +209,8 @@ class Pool:
             server.age_limit = 0.0
         finally:
             server.cancels -= 1
+            if not settled.done():
+                settled.set_result(None)
         if server.state is ConnectionState.CHECKING and server.receiver is None:
             self._make_fit(server, clock())
 
@@ -213,6 +218,8 @@ class Pool:
         """Roll back, reset where session state was left behind, then hand over."""
         if server.cancels:
             return  # _cancel comes back
+        if server.tx_status != m.IDLE:
+            server.is_dirty = True  # the rollback takes settings with it that we have noted
         queries = health.clean_up(server, is_dirty=server.is_dirty or self.resets_always)
         if not queries:
             self._hand_over(server, now)
@@ -222,7 +229,7 @@ class Pool:
 
     def _was_reset(self, server: ServerConnection, sqlstate: str) -> None:
         now = clock()
-        if sqlstate == ServerUnavailable.sqlstate:
+        if sqlstate == health.LOST:
             return  # ``lost`` follows
         if sqlstate:
             self._close(server, CloseReason.RESET_FAILED, now)
@@ -237,11 +244,11 @@ class Pool:
     # -- opening and closing -------------------------------------------------------------------
 
     def _grow(self, now: float) -> None:
-        """Open what is missing: all of it, or one at a time while the server refuses."""
+        """Open what is missing: all of it, or one at a time while the server refuses or is lost."""
         if self.is_closing:
             return
         missing = self.state.missing()
-        if self._backoff.failures:
+        if self._backoff.failures or (self._owed and not self.state.established):
             is_trying = bool(self.state.by_state[ConnectionState.CONNECTING])
             missing = 0 if is_trying or now < self._backoff.not_before else min(missing, 1)
         for _ in range(missing):
@@ -264,6 +271,9 @@ class Pool:
             async with asyncio.timeout_at(started + self.config.connect_timeout):
                 await server.open()
         except (OSError, SidecarError) as exc:  # TimeoutError is an OSError
+            self._open_failed(server, reason, exc)
+        except Exception as exc:
+            log.exception("login to the server failed", extra={"pool": self.name})
             self._open_failed(server, reason, exc)
         except BaseException:
             self.state.remove(server)
@@ -505,7 +515,7 @@ class Pool:
             return
         self.is_up = False
         self.observer.pinged(PingOutcome.ERROR, took)
-        is_lost = sqlstate == ServerUnavailable.sqlstate
+        is_lost = sqlstate == health.LOST
         cause = ErrorReason.RESET if is_lost else ErrorReason.SERVER_ERROR
         self.observer.connection_failed(Phase.PING, cause)
         if not is_lost:

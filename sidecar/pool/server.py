@@ -23,6 +23,9 @@ from sidecar.protocol.startup import cancel_request, startup_message
 MAX_LOGIN_MESSAGE = 64 * 1024
 """Bytes; nothing a server says during a login is longer."""
 
+_MAX_LOGIN_MESSAGES = 1000  # PostgreSQL 18 sends about 20
+_MAX_PARAMETERS = 200  # PostgreSQL 18 reports 16
+
 
 class Receiver(Protocol):
     """Who gets what the server sends: a client's relay, or a check."""
@@ -150,7 +153,7 @@ class ServerConnection:
             self._buffer += data
             self._notify()
         elif self.state is not ConnectionState.CLOSING:
-            self._idle_data(data)
+            self.unasked_data(data)
 
     def eof_received(self) -> bool:
         return False  # close the transport; connection_lost follows
@@ -186,7 +189,7 @@ class ServerConnection:
             return
         self.close_reason = reason
         self.receiver = None
-        if self.transport is None:
+        if self.transport is None or self.transport.is_closing():
             return
         self.transport.resume_reading()
         if not self.mid_message:
@@ -198,7 +201,7 @@ class ServerConnection:
         if self.transport is not None and not self._closed:
             self.transport.abort()
 
-    def _idle_data(self, data: bytes) -> None:
+    def unasked_data(self, data: bytes) -> None:
         """What a server says unasked: settings changed by a reload, notices, its own shutdown.
 
         Anything else means that we do not know what state it is in.
@@ -227,7 +230,8 @@ class ServerConnection:
             name, value = m.name_and_value(body)
         except ValueError:
             return
-        self.parameters[name] = value
+        if name in self.parameters or len(self.parameters) < _MAX_PARAMETERS:
+            self.parameters[name] = value
 
     # -- login ---------------------------------------------------------------------------------
 
@@ -251,7 +255,7 @@ class ServerConnection:
 
     async def _log_in(self) -> None:
         scram: ClientExchange | None = None
-        while True:
+        for _ in range(_MAX_LOGIN_MESSAGES):
             kind, body = await self._next_message()
             if kind == m.READY_FOR_QUERY:
                 return
@@ -265,12 +269,15 @@ class ServerConnection:
                 self.pid, self.secret = int.from_bytes(body[:4], "big"), body[4:]
             elif kind not in (m.NOTICE_RESPONSE, m.NEGOTIATE_PROTOCOL_VERSION):
                 raise ServerProtocolError(f"unexpected message {chr(kind)!r} during login")
+        raise ServerProtocolError("the login has no end")
 
     async def _authenticate(
         self, body: bytes, scram: ClientExchange | None
     ) -> ClientExchange | None:
         code, data = int.from_bytes(body[:4], "big"), body[4:]
         if code == m.AUTH_OK:
+            if scram is not None and not scram.is_verified:
+                raise ServerProtocolError("the server did not prove that it knows the password")
             return scram
         secret = self.target.password
         if secret is None:

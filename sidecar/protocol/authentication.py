@@ -16,6 +16,10 @@ from sidecar.errors import AuthenticationFailed, ServerProtocolError
 MECHANISM = "SCRAM-SHA-256"
 
 _ITERATIONS = 4096  # PostgreSQL's scram_iterations
+
+_REFUSED = (scramp.ScramException, ValueError, TypeError)
+"""What scramp raises for a message that is wrong; TypeError where one is not ASCII."""
+
 _MOCK_KEY = secrets.token_bytes(32)
 
 
@@ -59,7 +63,7 @@ class ServerExchange:
         try:
             self._scram.set_client_first(data.decode("utf-8"))
             return str(self._scram.get_server_first()).encode()
-        except (scramp.ScramException, ValueError) as exc:
+        except _REFUSED as exc:
             raise AuthenticationFailed(f"malformed SCRAM message: {exc}", sqlstate="08P01") from exc
 
     def final(self, data: bytes) -> bytes:
@@ -67,7 +71,7 @@ class ServerExchange:
         try:
             self._scram.set_client_final(data.decode("utf-8"))
             return str(self._scram.get_server_final()).encode()
-        except (scramp.ScramException, ValueError) as exc:
+        except _REFUSED as exc:
             raise AuthenticationFailed("password authentication failed") from exc
 
 
@@ -77,6 +81,7 @@ class ClientExchange:
     def __init__(self, password: str) -> None:
         # PostgreSQL takes the user from the startup packet and ignores the name sent here.
         self._scram = scramp.ScramClient([MECHANISM], "*", password)
+        self.is_verified = False  # the server has proved that it knows us
 
     def begin(self) -> bytes:
         return str(self._scram.get_client_first()).encode()
@@ -86,17 +91,18 @@ class ClientExchange:
         try:
             self._scram.set_server_first(data.decode("utf-8"))
             return str(self._scram.get_client_final()).encode()
-        except (scramp.ScramException, ValueError) as exc:
+        except _REFUSED as exc:
             raise ServerProtocolError(f"malformed SCRAM message from the server: {exc}") from exc
 
     def verify(self, data: bytes) -> None:
         """server-final-message: the server proves that it knows us. Raises ServerProtocolError."""
         try:
             self._scram.set_server_final(data.decode("utf-8"))
-        except (scramp.ScramException, ValueError) as exc:
+        except _REFUSED as exc:
             raise ServerProtocolError(
                 "the server did not prove that it knows the password"
             ) from exc
+        self.is_verified = True
 
 
 def md5_response(user: str, password: str, salt: bytes) -> bytes:

@@ -57,6 +57,7 @@ def skip_to_sync(server: ServerConnection) -> int:
     """
     expected = server.expected
     queries = 0
+    skipped: list[tuple[int, Undo]] = []
     while expected and expected[0] != m.SYNC:
         code = expected.popleft()
         if code <= AUTOMATIC:
@@ -64,13 +65,15 @@ def skip_to_sync(server: ServerConnection) -> int:
         if code in (m.EXECUTE, m.QUERY, m.FUNCTION_CALL):
             queries += 1
         elif code in _WITH_UNDO:
-            _undo(server, code)
+            skipped.append((code, server.undo.popleft()))
+    for code, undo in reversed(skipped):  # what was done last is undone first
+        _undo(server, code, undo)
     server.is_skipping = not expected
     return queries
 
 
-def _undo(server: ServerConnection, code: int) -> None:
-    statements, name, statement = server.undo.popleft()
+def _undo(server: ServerConnection, code: int, undo: Undo) -> None:
+    statements, name, statement = undo
     if code in (PARSE_NAMED, OUR_PARSE):
         server.prepared.pop(statement, None)
     elif code == OUR_CLOSE:

@@ -156,10 +156,11 @@ class PgListener:
     def gone(self, relay: Relay) -> None:
         self._relays.pop(relay.pid, None)
 
-    def cancel(self, request: CancelRequest) -> None:
+    def cancel(self, request: CancelRequest) -> asyncio.Future[None] | None:
         relay = self._relays.get(request.pid)
         if relay is not None and hmac.compare_digest(relay.secret, request.secret):
-            relay.cancel()
+            return relay.cancel()
+        return None
 
     def login_ended(self, session: Session, outcome: ClientOutcome | None) -> None:
         self._logins.discard(session)
@@ -185,6 +186,9 @@ class PgListener:
         if self._config.listen.auth == "trust":
             return None
         found = self._verifiers.get((None, user)) or self._verifiers.get((pool, user))
+        if found is None and pool is None:
+            # No such pool, which is told to those who may know: the users of all dsns.
+            found = next((v for (_, name), v in self._verifiers.items() if name == user), None)
         return found or mock_verifier(user)
 
 

@@ -2,7 +2,7 @@
 
 Pure. In transaction mode a client's statement may be missing on the connection it gets, and two
 clients may use one name for different texts. So a statement has a name of ours on every server
-connection, derived from text and parameter types; ``proxy.relay`` renames, and sends a Parse first
+connection, derived from text, parameter types and the settings they are parsed by; ``proxy.relay`` renames, and sends a Parse first
 where a connection lacks it. Statements are shared by all clients of a pool and forgotten with the
 last of them; how many one server connection keeps is bounded (least recently used first out).
 """
@@ -20,8 +20,8 @@ PREFIX: Final[bytes] = b"pgsidecar_"
 
 
 class Prepared:
-    """A statement that clients of a pool prepared by name: text and parameter types are its
-    identity, the name is the one it has on server connections."""
+    """A statement that clients of a pool prepared by name: text, parameter types and dialect are
+    its identity, the name is the one it has on server connections."""
 
     __slots__ = ("__weakref__", "name", "operation", "parse", "pin")
 
@@ -37,19 +37,22 @@ class PreparedTable:
 
     def __init__(self) -> None:
         self._numbers = count(1)
-        self._known: WeakValueDictionary[bytes, Prepared] = WeakValueDictionary()
+        self._known: WeakValueDictionary[tuple[bytes, bytes], Prepared] = WeakValueDictionary()
 
     def __len__(self) -> int:
         return len(self._known)
 
-    def intern(self, definition: bytes, query: Query) -> Prepared:
-        """The statement of this definition: what a Parse carries after the name."""
-        found = self._known.get(definition)
+    def intern(self, definition: bytes, dialect: bytes, query: Query) -> Prepared:
+        """The statement of this definition: what a Parse carries after the name.
+
+        ``dialect``: the settings it is parsed by. What a statement says may depend on them.
+        """
+        found = self._known.get((definition, dialect))
         if found is None:
             name = PREFIX + str(next(self._numbers)).encode()
             parse = m.parse(name, definition)
             found = Prepared(name, parse, query.operation, query.pin)
-            self._known[definition] = found
+            self._known[definition, dialect] = found
         return found
 
 

@@ -7,6 +7,7 @@ the first message that needs the server, and ends with ReadyForQuery when nothin
 the transaction is over and nothing pins the connection.
 """
 
+import asyncio
 import logging
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -18,7 +19,7 @@ from sidecar.errors import (
     ServerProtocolError,
     SidecarError,
 )
-from sidecar.events import CloseReason, ErrorOrigin, PoolMode
+from sidecar.events import CloseReason, ErrorOrigin, ErrorReason, Phase, PoolMode
 from sidecar.pool.pool import Pool
 from sidecar.pool.server import ServerConnection, clock
 from sidecar.protocol import messages as m
@@ -117,10 +118,13 @@ class Relay:
             renames=pool.config.mode is PoolMode.TRANSACTION,
             statement_limit=pool.config.max_prepared_statements,
         )
-        self.replies: Final = Replies(
-            self.requests, pool.observer, pool.config.slow_query_threshold
-        )
         self._holds_lease: Final = pool.config.mode is PoolMode.SESSION
+        self.replies: Final = Replies(
+            self.requests,
+            pool.observer,
+            pool.config.slow_query_threshold,
+            holds_lease=self._holds_lease,
+        )
         self.pid = 0  # of BackendKeyData
         self.secret = b""
         self.is_waiting = False
@@ -311,6 +315,7 @@ class Relay:
         if self.settings.is_proven:
             return True
         self._setup_rest = data
+        self.replies.is_at_rest = False  # the reply to our SET is owed, should the client leave now
         return False
 
     def _forward(self, server: ServerConnection, data: bytes, now: float) -> None:
@@ -371,13 +376,20 @@ class Relay:
         self.server = None
         if self._is_write_paused:
             server.transport.resume_reading()
+        if self.replies.held:
+            server.unasked_data(self.replies.take_held())
+            if server.last_error or server.transport.is_closing():
+                self._pool.discard(server, server.close_reason, now)
+                return
         self._pool.release(server, now)
 
     def _leave(self, server: ServerConnection, reason: CloseReason, now: float) -> None:
         """The client is gone, or has to go, and holds a connection."""
         self.server = None
-        is_fit = self.replies.is_at_rest and not server.mid_message
-        self.replies.abandon(server, now)
+        replies = self.replies
+        is_between = not (server.mid_message or replies.held or replies.incoming)
+        is_fit = replies.is_at_rest and is_between
+        replies.abandon(server, now)
         if self._is_write_paused:
             server.transport.resume_reading()
         if is_fit:
@@ -412,6 +424,7 @@ class Relay:
         self, server: ServerConnection, exc: ServerProtocolError, reason: CloseReason, now: float
     ) -> None:
         log.error("server broke the protocol", extra={"pool": self._pool.name, "cause": str(exc)})
+        self._pool.observer.connection_failed(Phase.QUERY, ErrorReason.PROTOCOL)
         self.server = None
         self.replies.abandon(server, now)
         self._pool.discard(server, reason, now)
@@ -448,9 +461,10 @@ class Relay:
         rest, self._setup_rest = self._setup_rest, b""
         if len(rest) > HELD_BACK:
             self.transport.resume_reading()
+        if rest:
+            self.replies.is_at_rest = True  # nothing of the client's has been sent
         if self._setup_error is not None:
             # All SETs were one transaction: the connection is as it was.
-            self.replies.is_at_rest = bool(rest)
             fields = m.error_fields(self._setup_error)
             self._leave(server, CloseReason.SETTINGS_FAILED, now)
             text = fields.get("M", "a startup parameter was refused")
@@ -486,13 +500,17 @@ class Relay:
 
     # -- the end -------------------------------------------------------------------------------
 
-    def cancel(self) -> None:
-        """The client's CancelRequest: out of the queue, or on to the server that works for it."""
+    def cancel(self) -> asyncio.Future[None] | None:
+        """The client's CancelRequest: out of the queue, or on to the server that works for it.
+
+        Returns when the request has reached the server, where one had to be asked.
+        """
         if self.is_waiting:
             self._pool.abandon(self, clock())
             self.refused(SidecarError("canceling statement due to user request", sqlstate="57014"))
         elif self.server is not None and self.server.expected and not self._is_setting:
-            self._pool.cancel(self.server)
+            return self._pool.cancel(self.server)
+        return None
 
     def shut_down(self) -> None:
         """The sidecar drains: go when the lease is over."""

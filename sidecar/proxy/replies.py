@@ -32,6 +32,9 @@ _UNSETTLING: Final = frozenset(
 )
 """Messages that settle nothing in the ledger (RowDescription does when it answers Describe)."""
 
+RESET: Final = b""
+"""Among the values that the relay notes: settings have been reset. No ParameterStatus is empty."""
+
 _unpack = m.HEADER.unpack_from
 
 
@@ -40,12 +43,13 @@ class Replies:
 
     __slots__ = (
         "_has_rolled_back",
-        "_held",
+        "_holds_lease",
         "_observer",
         "_out",
         "_requests",
         "_start",
         "_threshold",
+        "held",
         "incoming",
         "is_at_rest",
         "said_fatal",
@@ -57,24 +61,28 @@ class Replies:
         requests: Requests,
         observer: PoolObserver,
         slow_query_threshold: float,
+        *,
+        holds_lease: bool,
     ) -> None:
+        """``holds_lease``: what the server says between transactions is for this client, too."""
         self._requests = requests
         self._observer = observer
         self._threshold = slow_query_threshold
-        self._held = b""
+        self._holds_lease = holds_lease
+        self.held = b""  # the beginning of a message, or what follows the end of the lease
         self._has_rolled_back = False  # in this cycle
         self._out: list[bytes] | None = None
         self._start = 0
         self.incoming = 0  # bytes of a message that are still to come
         self.is_at_rest = True  # the last thing the server said was ReadyForQuery, nothing is owed
         self.said_fatal = False  # the client has been told why the server ends the connection
-        self.values: list[bytes] = []  # bodies of ParameterStatus, for the relay to note
+        self.values: list[bytes] = []  # bodies of ParameterStatus, RESET: for the relay to note
 
     def forward(self, server: ServerConnection, data: bytes, now: float) -> bytes:
         """What the client gets of this. Sets ``is_at_rest``. Raises ServerProtocolError."""
-        if self._held:
-            data = self._held + data
-            self._held = b""
+        if self.held:
+            data = self.held + data
+            self.held = b""
         pos = 0
         size = len(data)
         if self.incoming:
@@ -88,7 +96,7 @@ class Replies:
         if pos > size:
             self.incoming = pos - size
         elif pos < size:
-            self._held = data[pos:]
+            self.held = data[pos:]
             size = pos
         out = self._out
         if out is not None:
@@ -99,11 +107,11 @@ class Replies:
 
     def take_held(self) -> bytes:
         """The beginning of an unfinished message, for who reads on."""
-        held, self._held = self._held, b""
+        held, self.held = self.held, b""
         return held
 
     def hold(self, data: bytes) -> None:
-        self._held = data
+        self.held = data
 
     def _inspect(
         self, server: ServerConnection, data: bytes, pos: int, size: int, now: float
@@ -125,6 +133,9 @@ class Replies:
                 if length != 5:
                     raise ServerProtocolError(f"ReadyForQuery of {length} bytes")
                 self._ready(server, data[pos + 5], now)
+                if end < size and self._is_lease_over(server):
+                    pos = end
+                    break
             elif kind == m.ROW_DESCRIPTION or kind == m.NO_DATA:
                 if expected and expected[0] == m.DESCRIBE:
                     expected.popleft()
@@ -200,6 +211,11 @@ class Replies:
         self._start = end
         return out
 
+    def _is_lease_over(self, server: ServerConnection) -> bool:
+        """What follows is not for this client: FATAL, for one, from a server that shuts down."""
+        is_idle = self.is_at_rest and server.tx_status == m.IDLE
+        return is_idle and server.pin is None and not self._holds_lease
+
     # -- ends of queries and transactions ------------------------------------------------------
 
     def _complete(self, server: ServerConnection, data: bytes, tag: int, now: float) -> None:
@@ -209,18 +225,29 @@ class Replies:
             self._has_rolled_back = data.startswith(b"ROLLBACK\0", tag)
             if data.startswith(b"RESET\0", tag):
                 server.is_dirty = True  # what we had carried over may be gone
+                self.values.append(RESET)
         elif first == 0x43:  # C
             self._has_rolled_back = False
-        elif first == 0x44 and (  # D
-            data.startswith(b"DISCARD ALL\0", tag) or data.startswith(b"DEALLOCATE ALL\0", tag)
-        ):
-            server.prepared.clear()
-            self._requests.forget_statements()
-            if data[tag + 1] == 0x49:  # DISCARD ALL undoes whatever pinned, and our settings too
-                server.pin = None
-                server.is_dirty = True
+        elif first == 0x44:  # D
+            self._note_discarded(server, data, tag)
         if server.expected and server.expected[0] == m.EXECUTE:
             self._executed(server, now)
+
+    def _note_discarded(self, server: ServerConnection, data: bytes, tag: int) -> None:
+        if data.startswith(b"DEALLOCATE\0", tag):
+            server.is_dirty = True  # it may have been one of ours
+            return
+        is_all = data.startswith(b"DISCARD ALL\0", tag)
+        if is_all or data.startswith(b"DEALLOCATE ALL\0", tag):
+            if server.undo:
+                server.is_dirty = True  # what has been prepared behind it is there, unlike our books
+            server.prepared.clear()
+            self._requests.forget_statements()
+        if is_all:  # undoes whatever pinned, and our settings too
+            server.pin = None
+            server.is_dirty = True
+            self._requests.resets = b"all"
+            self.values.append(RESET)
 
     def _executed(self, server: ServerConnection, now: float) -> None:
         server.expected.popleft()
@@ -256,6 +283,7 @@ class Replies:
         self._has_rolled_back = False
         while expected and expected[0] == expect.COPY_END:
             expected.popleft()  # of the Query that has just ended
+            server.automatic -= 1
         self.is_at_rest = not expected
 
     def _error(self, server: ServerConnection, body: bytes, now: float) -> None:
@@ -283,5 +311,5 @@ class Replies:
         if server.tx_started != 0.0:
             self._observer.transaction_done(False, now - server.tx_started)
             server.tx_started = 0.0
-        self._held = b""
+        self.held = b""
         self.incoming = 0

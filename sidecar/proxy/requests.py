@@ -80,7 +80,9 @@ class Requests:
         "_statements",
         "_unnamed",
         "_unnamed_parse",
+        "dialect",
         "passing",
+        "resets",
         "rest",
         "wants_to_leave",
     )
@@ -105,6 +107,8 @@ class Requests:
         self._operation = int(Operation.OTHER)  # of the last Bind
         self._out: list[bytes] | None = None
         self._start = 0
+        self.dialect = b""  # of the client's settings
+        self.resets = b""  # the setting that the client resets now, "all": every one
         self.rest = b""  # the beginning of an unfinished message
         self.passing = 0  # bytes of a message that are still to come
         self.wants_to_leave = False  # Terminate was seen
@@ -209,6 +213,8 @@ class Requests:
         self._run(server, query.operation, now)
         if query.pin is not None:
             _pin(server, query.pin)
+        if query.resets:
+            self.resets = query.resets
 
     # -- extended protocol ---------------------------------------------------------------------
 
@@ -217,6 +223,8 @@ class Requests:
         text_end = data.find(0, name_end + 1, end)
         text = data[name_end + 1 : text_end] if text_end >= 0 else data[name_end + 1 : end]
         query = self._cache.classify(text)
+        if query.resets:
+            self.resets = query.resets
         if name_end == pos + 5:
             server.expected.append(m.PARSE)
             self._unnamed = query
@@ -224,7 +232,7 @@ class Requests:
             self._unnamed_parse = data[pos:end] if end <= len(data) else None
             return
         name = data[pos + 5 : name_end]
-        statement = self._prepared.intern(data[name_end + 1 : end], query)
+        statement = self._prepared.intern(data[name_end + 1 : end], self.dialect, query)
         if not self._renames:
             self._statements[name] = statement
             server.expected.append(m.PARSE)

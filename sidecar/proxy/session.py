@@ -48,7 +48,8 @@ class Host(Registry, Protocol):
 
     def register(self, relay: Relay) -> None: ...
 
-    def cancel(self, request: startup.CancelRequest) -> None: ...
+    def cancel(self, request: startup.CancelRequest) -> asyncio.Future[None] | None:
+        """Pass it on. The future is done when the server has it; None: nobody has to be asked."""
 
     def login_ended(self, session: "Session", outcome: ClientOutcome | None) -> None: ...
 
@@ -68,6 +69,8 @@ class Session:
         self._buffer = b""
         self._wake: asyncio.Future[None] | None = None
         self._is_closed = False
+        self._is_unwanted = False  # abort as soon as there is a transport
+        self._is_paused = False
         self._pool: str | None = None  # as soon as it is known
         self._address = "unknown"
 
@@ -78,6 +81,9 @@ class Session:
 
     def connection_made(self, transport: Any) -> None:
         self._transport = transport
+        if self._is_unwanted:
+            transport.abort()
+            return
         self._address = _address_of(transport)
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family != socket.AF_UNIX:
@@ -88,6 +94,7 @@ class Session:
         self._host.traffic.client_received += len(data)
         self._buffer += data
         if len(self._buffer) > _MAX_BUFFERED:
+            self._is_paused = True
             self._transport.pause_reading()
         self._notify()
 
@@ -105,7 +112,10 @@ class Session:
         pass
 
     def abort(self) -> None:
-        self._transport.abort()
+        """Close without a word. A new client's task may run before ``connection_made``."""
+        self._is_unwanted = True
+        if self._transport is not None:
+            self._transport.abort()
 
     # -- the login -----------------------------------------------------------------------------
 
@@ -139,7 +149,10 @@ class Session:
     async def _log_in(self, deadline: float) -> ClientOutcome | None:
         packet = await self._startup_packet()
         if isinstance(packet, startup.CancelRequest):
-            self._host.cancel(packet)
+            arriving = self._host.cancel(packet)
+            if arriving is not None:
+                # Our end of file means, as PostgreSQL's, that what the client runs next is safe.
+                await asyncio.wait((arriving,), timeout=deadline - 0.1 - clock())
             self._transport.close()
             return None
         self._check(packet)
@@ -153,6 +166,8 @@ class Session:
         tables = self._host.tables(pool.name)
         self._host.admit()
         await tables.pool.wait_for_parameters(deadline - 0.1)  # its message says more than ours
+        if self._is_closed:
+            raise _Gone
         settings = tables.settings.intern(from_startup(packet, tables.pool.parameters))
         relay = Relay(tables, self._host, Client(user, database, self._address), settings)
         self._host.register(relay)
@@ -197,7 +212,7 @@ class Session:
         data, self._buffer = self._buffer, b""
         self._transport.set_protocol(relay)
         relay.connection_made(self._transport)
-        if len(data) > _MAX_BUFFERED:
+        if self._is_paused:
             self._transport.resume_reading()
         if data:
             self._host.traffic.client_received -= len(data)  # the relay counts it again

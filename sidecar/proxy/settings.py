@@ -27,6 +27,15 @@ READ_ONLY: Final = frozenset(
 
 _NOT_SETTINGS: Final = frozenset({b"user", b"database", b"options", b"replication"})
 
+_NOT_PARSED_BY: Final = frozenset(
+    {
+        *(b"application_name", b"extra_float_digits", b"bytea_output", b"client_min_messages"),
+        *(b"statement_timeout", b"lock_timeout", b"transaction_timeout"),
+        *(b"idle_in_transaction_session_timeout", b"idle_session_timeout"),
+    }
+)
+"""Settings that do not change what a query's text means."""
+
 _LIST_VALUED: Final = re.compile(
     rb"search_path|temp_tablespaces|session_preload_libraries|local_preload_libraries"
 )
@@ -38,10 +47,14 @@ _NAME: Final = re.compile(rb"[a-z_][a-z0-9_$]*(\.[a-z_][a-z0-9_$]*)*")
 class Settings:
     """Name (lower case) to value, immutable. Equal settings of a pool are one object."""
 
-    __slots__ = ("__weakref__", "is_proven", "values")
+    __slots__ = ("__weakref__", "dialect", "is_proven", "values")
 
     def __init__(self, values: dict[bytes, bytes]) -> None:
         self.values: Final[Mapping[bytes, bytes]] = values
+        # What queries are parsed by: with another DateStyle, '1/2/2020'::date is another constant.
+        self.dialect: Final = b"\0".join(
+            name + b"=" + value for name, value in values.items() if name not in _NOT_PARSED_BY
+        )
         self.is_proven = not values  # a server has accepted them
 
     def __repr__(self) -> str:

@@ -1,0 +1,124 @@
+# Everything a checkout can do; "make" alone lists it. All of it happens in .venv, which is made
+# when it is missing and made anew when it does not work here.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+VENV := .venv
+PY := $(VENV)/bin/python
+
+# Which interpreter .venv is made with: 3.11 or newer.
+PYTHON ?= python3
+
+# Test processes at a time; each has a PostgreSQL of its own.
+JOBS ?= auto
+
+# Debian keeps pgbouncer there, which is not on everybody's path.
+export PATH := $(PATH):/usr/sbin:/sbin
+
+.PHONY: help
+help: ## This list
+	@echo 'usage: make TARGET [NAME=value ...]'
+	@echo
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 15
+
+.PHONY: run
+run: install-demo ## The demo: PostgreSQL, the sidecar, a load, a live view. SECONDS=20 PORT=6432 HTTP_PORT=9632
+	@exec $(PY) -m sidecar demo \
+	  $(if $(SECONDS),--seconds $(SECONDS)) $(if $(PORT),--port $(PORT)) \
+	  $(if $(HTTP_PORT),--http-port $(HTTP_PORT))
+
+.PHONY: test
+test: lint debian-packages ## Style, types, then all tests. JOBS=4 TESTS=tests/test_config.py
+	@echo 'tests ...'
+	@exec $(PY) -m pytest -q --no-header -n $(JOBS) --maxprocesses 8 --dist worksteal $(TESTS)
+
+.PHONY: lint
+lint: install-dev ## Style (ruff) and types (mypy) only
+	@echo 'style and types ...'
+	@$(PY) -m ruff check --quiet .
+	@$(PY) -m ruff format --check --quiet . || { echo 'to format: make format' >&2; exit 1; }
+	@$(PY) -m mypy --no-error-summary
+
+.PHONY: format
+format: install-dev ## Format the code, and repair what ruff can repair
+	@$(PY) -m ruff check --quiet --fix . ; $(PY) -m ruff format .
+
+.PHONY: bench
+bench: compiled ## What it costs, next to PgBouncer; a quarter of an hour. ARGS=--quick
+	@command -v pgbouncer >/dev/null || $(MAKE) debian-package-pgbouncer
+	@mkdir -p bench/results; results="$$(pwd)/bench/results/$$(date +%Y%m%d-%H%M%S).json"; \
+	python="$$(pwd)/$(PY)"; cd build/compiled && exec "$$python" -m bench --json "$$results" $(ARGS)
+
+.PHONY: test-compiled
+test-compiled: compiled debian-packages ## The tests, on the compiled modules
+	@python="$$(pwd)/$(PY)"; cd build/compiled && \
+	exec "$$python" -m pytest -q --no-header -n $(JOBS) --maxprocesses 8 --dist worksteal $(TESTS)
+
+# A copy: compiled modules beside their sources would be used in place of them, edited or not.
+.PHONY: compiled
+compiled: install-dev ## A copy in build/compiled with the hot modules compiled; needs a C compiler
+	@mkdir -p build/compiled
+	@if [ -z "$$(find build/compiled -maxdepth 1 -name '*.so')" ] || [ -n "$$(find setup.py sidecar \
+	  -name '*.py' -newer build/compiled/.done 2>/dev/null)" ]; then \
+	  echo 'compiling into build/compiled ...'; rm -rf build/compiled; mkdir -p build/compiled; \
+	  cp -R sidecar setup.py pyproject.toml README.md LICENSE build/compiled; \
+	  python="$$(pwd)/$(PY)"; (cd build/compiled && \
+	    PGSIDECAR_COMPILE=1 "$$python" setup.py -q build_ext --inplace) || exit; \
+	  touch build/compiled/.done; \
+	fi
+	@cp -R bench tests docs alerts dashboards config.yaml Dockerfile .dockerignore CHANGELOG.md \
+	  Makefile build/compiled 2>/dev/null || true
+
+.PHONY: clean
+clean: ## Remove .venv, caches and builds
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# -- what the targets above need -------------------------------------------------------------------
+
+# install-demo is what the demo needs, install-dev what tests and tools need, the demo included.
+# A stamp holds the folder it was made for: a copy or a renamed folder gets a .venv of its own.
+.PHONY: install-demo install-dev
+install-demo install-dev: install-%: venv
+	@if [ $(VENV)/.$* -nt pyproject.toml ]; then exit 0; fi; \
+	echo 'installing pgsidecar into $(VENV) ...'; \
+	$(PY) -m pip install -qq --disable-pip-version-check --editable '.[$*]' || exit; \
+	pwd > $(VENV)/.folder; \
+	if [ $* = dev ]; then touch $(VENV)/.demo; fi; \
+	touch $(VENV)/.$*
+
+.PHONY: venv
+venv:
+	@if [ "$$(cat $(VENV)/.folder 2>/dev/null)" = "$$(pwd)" ] && \
+	  $(PY) -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then exit 0; fi; \
+	if ! command -v "$(PYTHON)" >/dev/null; then \
+	  echo 'There is no $(PYTHON) here. pgsidecar needs Python 3.11 or newer.' >&2; exit 1; \
+	fi; \
+	if ! "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
+	  echo "pgsidecar needs Python 3.11 or newer, $(PYTHON) is $$("$(PYTHON)" -V 2>&1)." >&2; \
+	  echo 'Name a newer one: make PYTHON=python3.13 ...' >&2; exit 1; \
+	fi; \
+	if ! "$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null; then \
+	  $(MAKE) debian-package-python3-venv || exit; \
+	fi; \
+	echo 'making $(VENV) with '"$$("$(PYTHON)" -V) ..."; \
+	rm -rf $(VENV) && "$(PYTHON)" -m venv $(VENV) && pwd > $(VENV)/.folder
+
+# Programs that tests run beside the sidecar, by the Debian package that has them.
+.PHONY: debian-packages
+debian-packages:
+	@if ! command -v promtool >/dev/null || ! command -v prometheus >/dev/null; then \
+	  $(MAKE) debian-package-prometheus || exit; fi; \
+	if ! command -v pgbouncer >/dev/null; then $(MAKE) debian-package-pgbouncer || exit; fi
+
+debian-package-%:
+	@if ! command -v apt-get >/dev/null; then \
+	  echo 'Please install what Debian calls $*; there is no apt-get here to do it.' >&2; exit 1; \
+	elif [ "$$(id -u)" = 0 ]; then sudo=; \
+	elif sudo -n true 2>/dev/null; then sudo='sudo -n'; \
+	else echo 'Please install $*: sudo apt-get install $*' >&2; exit 1; fi; \
+	echo 'installing the Debian package $* ...'; \
+	install="$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends $*"; \
+	$$install >/dev/null 2>&1 || { $$sudo apt-get update -qq >/dev/null && $$install >/dev/null; }

@@ -1,0 +1,93 @@
+"""Many clients on a small pool: no error, and PostgreSQL never sees more than the pool's limit.
+
+``PGSIDECAR_TEST_LOAD_SECONDS`` (default 5) is the length of each load.
+"""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import psycopg
+import pytest
+
+from sidecar.demo.postgres import EmbeddedPostgres
+from tests.pgbench import MODES, fill, pgbench
+from tests.sidecar_process import MakeProcess
+
+CLIENTS = 200
+MAX_SIZE = 25
+SECONDS = float(os.environ.get("PGSIDECAR_TEST_LOAD_SECONDS", "5"))
+
+_LOOK_EVERY = 0.02  # seconds
+
+
+class Seen:
+    """How many backends of one role PostgreSQL had, at each look."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    async def watch(self, server: EmbeddedPostgres, role: str) -> None:
+        query = "SELECT count(*) FROM pg_stat_activity WHERE usename = %s"
+        async with await psycopg.AsyncConnection.connect(server.dsn(), autocommit=True) as conn:
+            while True:
+                row = await (await conn.execute(query, [role])).fetchone()
+                assert row is not None
+                self.counts.append(row[0])
+                await asyncio.sleep(_LOOK_EVERY)
+
+
+@asynccontextmanager
+async def backends_of(server: EmbeddedPostgres, role: str) -> AsyncIterator[Seen]:
+    """Counts the backends of a role that nobody but the pool logs in as."""
+    seen = Seen()
+    async with asyncio.TaskGroup() as group:
+        watching = group.create_task(seen.watch(server, role))
+        yield seen
+        watching.cancel()
+
+
+def create_role(server: EmbeddedPostgres, role: str) -> str:
+    """The connection string of a new role that may read and write what is in the database."""
+    server.psql(f"CREATE ROLE {role} LOGIN IN ROLE pg_read_all_data, pg_write_all_data")
+    return server.dsn(user=role)
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_200_clients_never_get_more_than_25_backends(
+    postgres: EmbeddedPostgres, make_process: MakeProcess, mode: str
+) -> None:
+    """In each of the protocol's ways to run a query; afterwards the pool is as before."""
+    role = f"load_{mode}"
+    fill(postgres)
+    sidecar = make_process(create_role(postgres, role), max_size=MAX_SIZE)
+    async with backends_of(postgres, role) as seen:
+        lasting = ("-S", "-T", f"{SECONDS:g}")
+        done = await pgbench(postgres, sidecar, mode, *lasting, clients=CLIENTS, threads=2)
+    assert (done.code, done.complained) == (0, "")
+    assert "number of failed transactions: 0 " in done.said
+    assert max(seen.counts) == MAX_SIZE
+    metrics = await sidecar.until_whole()
+    assert metrics.acquires.keys() <= {"immediate", "waited"}
+    assert metrics.errors == {}
+    await sidecar.until(lambda now: now.value("pgsidecar_client_connections", listener="pg") == 0)
+
+
+async def test_connections_that_end_keep_their_place_until_the_backend_is_gone(
+    postgres: EmbeddedPostgres, make_process: MakeProcess
+) -> None:
+    """Replaced all the time, by which a pool that only counts its own sockets goes over the limit."""
+    fill(postgres)
+    dsn = create_role(postgres, "load_replaced")
+    sidecar = make_process(dsn, max_size=MAX_SIZE, max_lifetime="200ms")
+    async with backends_of(postgres, "load_replaced") as seen:
+        lasting = ("-S", "-T", "3")
+        done = await pgbench(postgres, sidecar, "prepared", *lasting, clients=50, threads=2)
+    assert (done.code, done.complained) == (0, "")
+    assert MAX_SIZE - 5 <= max(seen.counts) <= MAX_SIZE
+    metrics = await sidecar.until_whole()
+    closed = metrics.above_zero("pgsidecar_connections_closed_total", "reason")
+    assert closed.keys() == {("max_lifetime",)}
+    assert closed["max_lifetime",] > 3 * MAX_SIZE
+    assert metrics.errors == {}
