@@ -115,12 +115,12 @@ _suspicious = re.compile(
     rb"\b(?:set|reset|listen|prepare|declare|create|into|load|pg_try_advisory|pg_advisory|set_config)"
 ).search
 _set_name = re.compile(rb"set(?: session)?(?: |(?=\"))(\"[^\"]+\"|[^\s=]+)").match
-_reset_name = re.compile(rb"reset ?\"?([^\s\"]+)").match
+_reset_name = re.compile(rb"reset(?: |(?=\"))\"?([^\s\"]+)").match
 _SET_CONFIG = re.compile(rb"\bset_config ?\(")
 _is_local = re.compile(
     rb", ?(?:is_local ?=> ?)?(?:true|'t'|'true')(?: ?:: ?bool(?:ean)?)? ?\)"
 ).search
-_PLPGSQL = re.compile(rb"[;$']|\b(?:do|begin|then|else|loop)\b")
+_PLPGSQL = re.compile(rb"[;$]|\b(?:do|begin|then|else|loop)\b")
 _WITH = re.compile(rb"\)\s*(select|insert|update|delete|values|merge)\b")
 
 
@@ -162,7 +162,7 @@ def session_effect(low: bytes) -> tuple[PinReason | None, bytes]:
         pin = pin or _effect_of(words)
         reset = _reset_name(words)
         if reset is not None:
-            resets = reset[1]
+            resets = b"timezone" if reset[1] == b"time" else reset[1]
     return pin, resets
 
 

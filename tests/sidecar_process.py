@@ -39,6 +39,7 @@ def configuration(
     dsn: str,
     *,
     listen: Mapping[str, object] | None = None,
+    http: Mapping[str, object] | None = None,
     log: Mapping[str, object] | None = None,
     drain_timeout: str = "1s",
     **main: object,
@@ -51,7 +52,7 @@ def configuration(
     pools = {"main": {"dsn": dsn, **main}}
     sections = {
         "listen": {"port": 0, "auth": "trust", **(listen or {})},
-        "http": {"port": 0},
+        "http": {"port": 0, **(http or {})},
         "log": log or {},
         "pools": pools,
         "drain_timeout": drain_timeout,
@@ -210,7 +211,8 @@ class ServiceHere(Sidecar):
     async def stop(self) -> None:
         """Drain and stop, and see that nothing is left: in the ledgers, and in the pools."""
         for server in self.pool.state.idle:
-            assert not (server.expected or server.undo or server.operations), server
+            owed = [server.expected, server.undo, server.operations]
+            assert not any(owed), server
             assert (server.automatic, server.tx_started, server.receiver) == (0, 0.0, None)
         async with asyncio.timeout(PATIENCE):
             await self.service.stop()
@@ -302,9 +304,14 @@ async def come_true(look: Callable[[], T | None], what: str, within: float = PAT
     return found
 
 
+def duplicate(conn: psycopg.AsyncConnection[Any]) -> socket.socket:
+    """The connection's socket, to do with it what the driver would not."""
+    return socket.socket(fileno=os.dup(conn.fileno()))
+
+
 def hang_up(conn: psycopg.AsyncConnection[Any]) -> None:
     """Close the connection's socket under it, as the death of its process would."""
-    with socket.socket(fileno=os.dup(conn.fileno())) as sock:
+    with duplicate(conn) as sock:
         sock.shutdown(socket.SHUT_RDWR)
 
 

@@ -5,7 +5,8 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+import signal
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import psycopg
@@ -13,7 +14,7 @@ import pytest
 
 from sidecar.demo.postgres import EmbeddedPostgres
 from tests.pgbench import MODES, fill, pgbench
-from tests.sidecar_process import MakeProcess
+from tests.sidecar_process import MakeProcess, MakeService, Metrics
 
 CLIENTS = 200
 MAX_SIZE = 25
@@ -74,10 +75,10 @@ async def test_200_clients_never_get_more_than_25_backends(
     await sidecar.until(lambda now: now.value("pgsidecar_client_connections", listener="pg") == 0)
 
 
-async def test_connections_that_end_keep_their_place_until_the_backend_is_gone(
+async def test_connections_are_replaced_under_load_within_the_limit(
     postgres: EmbeddedPostgres, make_process: MakeProcess
 ) -> None:
-    """Replaced all the time, by which a pool that only counts its own sockets goes over the limit."""
+    """``max_lifetime`` of next to nothing: no client notices, and the limit holds."""
     fill(postgres)
     dsn = create_role(postgres, "load_replaced")
     sidecar = make_process(dsn, max_size=MAX_SIZE, max_lifetime="200ms")
@@ -91,3 +92,34 @@ async def test_connections_that_end_keep_their_place_until_the_backend_is_gone(
     assert closed.keys() == {("max_lifetime",)}
     assert closed["max_lifetime",] > 3 * MAX_SIZE
     assert metrics.errors == {}
+
+
+async def test_a_backend_that_does_not_go_keeps_its_place(
+    postgres: EmbeddedPostgres, make_service: MakeService
+) -> None:
+    """A pool that counts its own sockets only would open the next one, and go over the limit."""
+    dsn = create_role(postgres, "load_stuck")
+    sidecar = await make_service(dsn, max_size=1, min_idle=1, max_lifetime="500ms")
+    async with await psycopg.AsyncConnection.connect(sidecar.dsn(), autocommit=True) as conn:
+        row = await (await conn.execute("SELECT pg_backend_pid()")).fetchone()
+        assert row is not None
+        (pid,) = row
+        await sidecar.until(lambda now: now.total("pgsidecar_pings_total", outcome="ok") == 1)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            await sidecar.until(lambda now: now.idle == now.used == 0)  # it was told to go
+            asking = asyncio.create_task(conn.execute("SELECT pg_backend_pid()"))
+            await sidecar.until(oldest_wait_over(0.5))
+            backends = "SELECT pid FROM pg_stat_activity WHERE usename = 'load_stuck'"
+            assert postgres.psql(backends) == str(pid)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        row = await (await asking).fetchone()
+        assert row is not None
+        assert row[0] != pid
+    await sidecar.until_whole()
+
+
+def oldest_wait_over(seconds: float) -> Callable[[Metrics], bool]:
+    name = "pgsidecar_pool_pending_max_wait_seconds"
+    return lambda now: now.value(name, pool="main") > seconds

@@ -271,6 +271,13 @@ async def test_a_full_queue_rejects_at_once(
     assert metrics.value("pgsidecar_connection_errors_total", pool="main", **rejected) == 1
 
 
+async def pipeline(conn: Connection) -> list[tuple[object, ...] | None]:
+    """Twenty queries, sent before the first is answered."""
+    async with conn.pipeline():
+        cursors = [await conn.execute("SELECT %s::int", [number]) for number in range(20)]
+        return [await cursor.fetchone() for cursor in cursors]
+
+
 async def test_pipelines_that_time_out_recover(
     postgres: EmbeddedPostgres, make_service: MakeService
 ) -> None:
@@ -279,14 +286,9 @@ async def test_pipelines_that_time_out_recover(
     async with holder(sidecar) as first, await connect(sidecar, "pipeline") as conn:
         await conn.set_autocommit(True)
         with pytest.raises(psycopg.errors.TooManyConnections):
-            async with conn.pipeline():
-                for number in range(20):
-                    await conn.execute("SELECT %s::int", [number])
+            await pipeline(conn)
         await first.commit()
-        async with conn.pipeline():
-            cursors = [await conn.execute("SELECT %s::int", [number]) for number in range(20)]
-            rows = [await cursor.fetchone() for cursor in cursors]
-        assert rows == [(number,) for number in range(20)]
+        assert await pipeline(conn) == [(number,) for number in range(20)]
     metrics = await sidecar.until_whole(idle=1)
     assert metrics.acquires["timeout"] == 1
     assert metrics.errors == {("sidecar", "53"): 1}

@@ -166,19 +166,22 @@ async def test_a_finished_copy_gives_its_connection_back(
     assert metrics.transactions == {"commit": 3, "rollback": 0}
 
 
+async def divide(conn: psycopg.AsyncConnection[tuple[object, ...]], *numbers: int) -> None:
+    """By each of them, in one pipeline."""
+    async with conn.pipeline():
+        for number in numbers:
+            await conn.execute("SELECT 1 / %s::int", [number], prepare=False)
+
+
 async def test_a_pipeline_is_one_transaction_of_many_queries(
     postgres: EmbeddedPostgres, make_service: MakeService
 ) -> None:
     """Up to Sync: what follows a failure there never runs, and is no query."""
     sidecar = await make_service(postgres.dsn(), max_size=2)
     async with await psycopg.AsyncConnection.connect(sidecar.dsn(), autocommit=True) as conn:
-        async with conn.pipeline():
-            for number in range(5):
-                await conn.execute("SELECT %s::int", [number], prepare=False)
+        await divide(conn, 1, 2, 3, 4, 5)
         with pytest.raises(psycopg.errors.DivisionByZero):
-            async with conn.pipeline():
-                for number in (2, 1, 0, 1, 2):
-                    await conn.execute("SELECT 1 / %s::int", [number], prepare=False)
+            await divide(conn, 2, 1, 0, 1, 2)
     metrics = await sidecar.until_whole()
     assert metrics.queries == {"select": 5 + 3}
     assert metrics.transactions == {"commit": 1, "rollback": 1}
@@ -221,9 +224,7 @@ async def test_rolling_quantiles_are_true_to_1_percent(
             said = metrics.value("pgsidecar_query_latency_seconds", **labels, quantile=quantile)
             told, floor = sleeps[rank], measured[rank] - sleeps[rank]
             assert told * 0.99 <= said <= (told + floor) * 1.01, (window, quantile, floor)
-    total = metrics.value(
-        "pgsidecar_query_duration_seconds_sum", pool="main", operation="select"
-    )
+    total = metrics.value("pgsidecar_query_duration_seconds_sum", pool="main", operation="select")
     assert sum(sleeps) <= total <= sum(measured)
 
 

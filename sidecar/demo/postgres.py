@@ -240,7 +240,8 @@ class EmbeddedPostgres:
 
     def pause(self) -> None:
         """SIGSTOP the postmaster and all its children: the server takes bytes, answers nothing."""
-        for pid in (self.pid, *_children(self.pid)):
+        _send(self.pid, signal.SIGSTOP)  # first, so that it forks no child after the look at them
+        for pid in _children(self.pid):
             _send(pid, signal.SIGSTOP)
 
     def resume(self) -> None:

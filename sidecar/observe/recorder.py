@@ -114,7 +114,9 @@ def _align(bounds: tuple[float, ...]) -> tuple[list[int], list[float]]:
     return first, edge
 
 
-_QUERY_FIRST, _QUERY_EDGE = _align(QUERY_BUCKETS)
+_ALIGNED: Final = _align(QUERY_BUCKETS)
+_QUERY_FIRST: Final = _ALIGNED[0]
+_QUERY_EDGE: Final = _ALIGNED[1]
 
 
 class PoolRecorder:

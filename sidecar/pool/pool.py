@@ -237,6 +237,7 @@ class Pool:
         if server.is_dirty or self.resets_always:
             server.prepared.clear()
             server.settings = None
+            server.lacks = {}
             server.is_dirty = False
             server.pin = None
         self._hand_over(server, now)

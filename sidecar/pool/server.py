@@ -65,6 +65,7 @@ class ServerConnection:
         "expected",
         "is_dirty",
         "is_skipping",
+        "lacks",
         "last_error",
         "leased_at",
         "mid_message",
@@ -126,6 +127,7 @@ class ServerConnection:
         # what a session leaves behind
         self.prepared: dict[Any, None] = {}  # proxy.prepared.Prepared, longest unused first
         self.settings: Any = None  # proxy.settings.Settings in force; None as connected
+        self.lacks: Mapping[bytes, bytes] = {}  # of its client's settings, since a RESET
         self.is_dirty = False
         self.pin: PinReason | None = None  # what keeps the lease beyond the transaction
         # login
@@ -386,6 +388,6 @@ async def cancel_query(server: ServerConnection, deadline: float) -> None:
             transport.close()
 
 
-clock = time.monotonic
+clock: Final = time.monotonic
 """Every instant in pool and proxy. uvloop's ``loop.time()`` is the same clock, but in whole
 milliseconds, too coarse for a query of 0.1 ms."""

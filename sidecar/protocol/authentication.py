@@ -16,6 +16,7 @@ from sidecar.errors import AuthenticationFailed, ServerProtocolError
 MECHANISM = "SCRAM-SHA-256"
 
 _ITERATIONS = 4096  # PostgreSQL's scram_iterations
+_SALT_SIZE = 16  # bytes; PostgreSQL's SCRAM_DEFAULT_SALT_LEN
 
 _REFUSED = (scramp.ScramException, ValueError, TypeError)
 """What scramp raises for a message that is wrong; TypeError where one is not ASCII."""
@@ -36,7 +37,7 @@ class ScramVerifier:
 def make_verifier(password: str) -> ScramVerifier:
     """About 4 ms of CPU."""
     salt, stored, server, rounds = scramp.ScramMechanism(MECHANISM).make_auth_info(
-        password, iteration_count=_ITERATIONS
+        password, iteration_count=_ITERATIONS, salt=secrets.token_bytes(_SALT_SIZE)
     )
     return ScramVerifier(salt, stored, server, rounds)
 
@@ -46,7 +47,7 @@ def mock_verifier(user: str) -> ScramVerifier:
 
     So a stranger cannot find out which users there are (PostgreSQL's mock authentication).
     """
-    salt = hmac.digest(_MOCK_KEY, user.encode("utf-8", "replace"), "sha256")[:16]
+    salt = hmac.digest(_MOCK_KEY, user.encode("utf-8", "replace"), "sha256")[:_SALT_SIZE]
     return ScramVerifier(salt, secrets.token_bytes(32), secrets.token_bytes(32), _ITERATIONS)
 
 

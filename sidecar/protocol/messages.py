@@ -112,9 +112,14 @@ def backend_key_data(pid: int, secret: bytes) -> bytes:
 
 
 def negotiate_protocol_version(minor: int, options: Iterable[bytes]) -> bytes:
-    """The newest minor version we speak and the ``_pq_.`` options we do not know."""
+    """The newest version 3 we speak and the ``_pq_.`` options we do not know.
+
+    The manual says "minor version"; PostgreSQL sends, and libpq reads, the whole number.
+    """
     unknown = list(options)
-    body = _INT.pack(minor) + _INT.pack(len(unknown)) + b"".join(o + b"\0" for o in unknown)
+    body = (
+        _INT.pack(3 << 16 | minor) + _INT.pack(len(unknown)) + b"".join(o + b"\0" for o in unknown)
+    )
     return message(NEGOTIATE_PROTOCOL_VERSION, body)
 
 

@@ -22,6 +22,7 @@ CLOSE_NAMED: Final = 4
 OUR_PARSE: Final = 5  # of a named statement; the client did not ask for it
 OUR_UNNAMED_PARSE: Final = 6
 OUR_CLOSE: Final = 7
+OUR_UNNAMED_CLOSE: Final = 9  # of an unnamed statement that is not the client's
 SETUP: Final = 8  # our Query that carries over settings
 
 _WITH_UNDO: Final = frozenset({FAKE_PARSE, PARSE_NAMED, CLOSE_NAMED, OUR_PARSE, OUR_CLOSE})

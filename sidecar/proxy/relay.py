@@ -25,7 +25,7 @@ from sidecar.pool.server import ServerConnection, clock
 from sidecar.protocol import messages as m
 from sidecar.proxy import expect
 from sidecar.proxy.prepared import PreparedTable
-from sidecar.proxy.replies import Replies
+from sidecar.proxy.replies import RESET, Replies, status_of
 from sidecar.proxy.requests import INSPECTED, Requests, TextCache, check_header
 from sidecar.proxy.settings import READ_ONLY, Settings, SettingsTable, change
 
@@ -76,6 +76,7 @@ class Relay:
     __slots__ = (
         "__weakref__",
         "_holds_lease",
+        "_home",
         "_is_setting",
         "_is_write_paused",
         "_own_time",
@@ -110,6 +111,7 @@ class Relay:
         self._registry: Final = registry
         self.client: Final = client
         self.settings = settings
+        self._home: Final = settings  # what the client brought along, and returns to with RESET
         self.transport: Any = None  # asyncio.Transport
         self.server: ServerConnection | None = None
         self.requests: Final = Requests(
@@ -118,6 +120,7 @@ class Relay:
             renames=pool.config.mode is PoolMode.TRANSACTION,
             statement_limit=pool.config.max_prepared_statements,
         )
+        self.requests.dialect = settings.dialect
         self._holds_lease: Final = pool.config.mode is PoolMode.SESSION
         self.replies: Final = Replies(
             self.requests,
@@ -165,6 +168,8 @@ class Relay:
             self._setup_rest += data  # the settings may be refused: see _set_up
             if len(self._setup_rest) > HELD_BACK:
                 self.transport.pause_reading()
+        elif server.lacks and self.replies.is_at_rest and server.tx_status == m.IDLE:
+            self._set_back(server, data)
         else:
             self._forward(server, data, clock())
 
@@ -200,6 +205,8 @@ class Relay:
 
     def _begin(self, data: bytes) -> None:
         """The client has no connection: does it need one now?"""
+        kind: int  # declared: compiled, these are then plain integers
+        length: int
         while data:
             if self._skip_bytes:
                 skipped = min(self._skip_bytes, len(data))
@@ -308,15 +315,26 @@ class Relay:
         if not sql:
             server.settings = self.settings
             return True
-        server.expected.append(expect.SETUP)
-        server.write(m.query(sql))
-        self._is_setting = True
-        self._setup_error = None
+        self._send_settings(server, sql)
         if self.settings.is_proven:
             return True
         self._setup_rest = data
         self.replies.is_at_rest = False  # the reply to our SET is owed, should the client leave now
         return False
+
+    def _set_back(self, server: ServerConnection, data: bytes) -> None:
+        """The client's RESET took what it had brought along, and it keeps the connection."""
+        sql = change({}, server.lacks)
+        server.lacks = {}
+        self.requests.begin_lease()  # our Query takes the unnamed statement away
+        self._send_settings(server, sql)
+        self._forward(server, data, clock())
+
+    def _send_settings(self, server: ServerConnection, sql: bytes) -> None:
+        server.expected.append(expect.SETUP)
+        server.write(m.query(sql))
+        self._is_setting = True
+        self._setup_error = None
 
     def _forward(self, server: ServerConnection, data: bytes, now: float) -> None:
         requests, replies = self.requests, self.replies
@@ -444,7 +462,7 @@ class Relay:
             body = data[pos + 5 : end]
             pos = end
             if kind == m.PARAMETER_STATUS:
-                self._tell_value(server, body)
+                self._tell_value(server, status_of(body))
             elif kind == m.ERROR_RESPONSE:
                 self._setup_error = body
             elif kind == m.READY_FOR_QUERY:
@@ -490,13 +508,33 @@ class Relay:
         """The client has set a reported setting: it goes with the client from now on."""
         settings = self.settings
         for body in self.replies.values:
+            if body == RESET:
+                settings = self._reset(server, settings)
+                continue
             server.remember_parameter(body)
             name, value = m.name_and_value(body)
-            if name not in READ_ONLY:
-                settings = self._tables.settings.with_value(settings, name.lower(), value)
+            key = name.lower()
+            if name in READ_ONLY or name not in server.parameters:
+                continue
+            if key in server.lacks:
+                if value == self._pool.parameters.get(name):  # reset, and to be set back
+                    self._write(m.parameter_status(name, server.lacks[key]))
+                    continue
+                server.lacks = {k: v for k, v in server.lacks.items() if k != key}
+            settings = self._tables.settings.with_value(settings, key, value)
         self.replies.values.clear()
         settings.is_proven = True
         self.settings = server.settings = settings
+        self.requests.dialect = settings.dialect
+
+    def _reset(self, server: ServerConnection, settings: Settings) -> Settings:
+        """After RESET the client's settings are those it brought along, as on a connection of its
+        own. The server's are not: it ``lacks`` them now."""
+        name, self.requests.resets = self.requests.resets, b""
+        home = self._home.values
+        taken = home if name == b"all" else {name: home[name]} if name in home else {}
+        server.lacks = {**server.lacks, **taken}
+        return self._tables.settings.intern({**settings.values, **taken})
 
     # -- the end -------------------------------------------------------------------------------
 

@@ -35,7 +35,14 @@ _UNSETTLING: Final = frozenset(
 RESET: Final = b""
 """Among the values that the relay notes: settings have been reset. No ParameterStatus is empty."""
 
-_unpack = m.HEADER.unpack_from
+_unpack: Final = m.HEADER.unpack_from
+
+
+def status_of(body: bytes) -> bytes:
+    """The body of a ParameterStatus. Raises ServerProtocolError if it is not one."""
+    if body.count(0) != 2 or not body.endswith(b"\0"):
+        raise ServerProtocolError("malformed ParameterStatus from the server")
+    return body
 
 
 class Replies:
@@ -117,6 +124,8 @@ class Replies:
         self, server: ServerConnection, data: bytes, pos: int, size: int, now: float
     ) -> int:
         expected = server.expected
+        kind: int  # declared: compiled, these are then plain integers
+        length: int
         while size - pos >= 5:
             kind, length = _unpack(data, pos)
             end = pos + 1 + length
@@ -157,7 +166,7 @@ class Replies:
             elif kind == m.COPY_IN_RESPONSE:
                 server.copy_in = not expect.remove_ignored_syncs(server)
             elif kind == m.PARAMETER_STATUS:
-                self.values.append(data[pos + 5 : end])
+                self.values.append(status_of(data[pos + 5 : end]))
             elif kind not in _UNSETTLING:
                 raise ServerProtocolError(f"unexpected message type {kind} from the server")
             if server.automatic and expected and expected[0] <= expect.AUTOMATIC:
@@ -197,9 +206,9 @@ class Replies:
         head = server.expected.popleft() if server.expected else 0
         if head in (expect.CLOSE_NAMED, expect.OUR_CLOSE):
             server.undo.popleft()
-        elif head != m.CLOSE:
+        elif head not in (m.CLOSE, expect.OUR_UNNAMED_CLOSE):
             raise ServerProtocolError("CloseComplete from the server answers no request")
-        if head == expect.OUR_CLOSE:
+        if head in (expect.OUR_CLOSE, expect.OUR_UNNAMED_CLOSE):
             self._cut(data, pos, end)
 
     def _cut(self, data: bytes, pos: int, end: int) -> list[bytes]:
@@ -220,6 +229,8 @@ class Replies:
 
     def _complete(self, server: ServerConnection, data: bytes, tag: int, now: float) -> None:
         """CommandComplete. Its tag is the one sure sign of what a statement did."""
+        if tag == len(data):
+            raise ServerProtocolError("CommandComplete from the server without a tag")
         first = data[tag]
         if first == 0x52:  # R
             self._has_rolled_back = data.startswith(b"ROLLBACK\0", tag)
@@ -240,7 +251,7 @@ class Replies:
         is_all = data.startswith(b"DISCARD ALL\0", tag)
         if is_all or data.startswith(b"DEALLOCATE ALL\0", tag):
             if server.undo:
-                server.is_dirty = True  # what has been prepared behind it is there, unlike our books
+                server.is_dirty = True  # what is prepared behind it will not be in our books
             server.prepared.clear()
             self._requests.forget_statements()
         if is_all:  # undoes whatever pinned, and our settings too
@@ -296,7 +307,10 @@ class Replies:
             self.said_fatal = True
         expected = server.expected
         if expected and expected[0] not in (m.QUERY, m.SYNC, m.FUNCTION_CALL):
+            has_parse = m.PARSE in expected or expect.OUR_UNNAMED_PARSE in expected
             dropped = expect.skip_to_sync(server)
+            if has_parse and m.PARSE not in expected:
+                self._requests.forget_unnamed()  # the server did, or never had it
             if dropped:
                 # The first of them failed, or could not begin; the others never ran.
                 self._query_done(server, now)

@@ -20,12 +20,12 @@ INSPECTED: Final = 16 * 1024
 """Bytes of a message that are gathered before it is looked at and passed on in pieces."""
 
 MAX_STATEMENT: Final = 1024 * 1024
-"""Bytes; a named statement must be kept whole, to prepare it again elsewhere."""
+"""Bytes; up to here a statement is kept whole, to prepare it again elsewhere."""
 
 _CACHED_TEXT: Final = 4096  # bytes; longer texts are classified each time
 _CACHED_TEXTS: Final = 2048
 
-_unpack = m.HEADER.unpack_from
+_unpack: Final = m.HEADER.unpack_from
 
 _KNOWN: Final = frozenset(
     {
@@ -37,6 +37,7 @@ _KNOWN: Final = frozenset(
 # Close of a statement that no server connection has: the server answers CloseComplete all the
 # same, in its turn. The real statement stays, other clients may use it.
 _CLOSE_NOTHING: Final = m.close_statement(prepared.PREFIX + b"none")
+_CLOSE_UNNAMED: Final = m.close_statement(b"")
 
 
 class TextCache:
@@ -120,6 +121,12 @@ class Requests:
         """The client said DEALLOCATE ALL or DISCARD ALL."""
         self._statements.clear()
 
+    def forget_unnamed(self) -> None:
+        """The unnamed statement is gone, or was never made."""
+        self._unnamed = None
+        self._unnamed_parse = None
+        self._has_unnamed = False
+
     def forward(self, server: ServerConnection, data: bytes, now: float) -> None:
         """Inspect and write to the server. Raises ClientProtocolError; nothing was written then."""
         self._start = pos = 0
@@ -152,6 +159,8 @@ class Requests:
     ) -> int:
         """Look at every message. Returns where the next begins (beyond ``size``: it goes on)."""
         expected = server.expected
+        kind: int  # declared: compiled, these are then plain integers
+        length: int
         while size - pos >= 5:
             kind, length = _unpack(data, pos)
             end = pos + 1 + length
@@ -159,13 +168,14 @@ class Requests:
                 check_header(kind, length)
                 if size - pos < INSPECTED and kind != m.COPY_DATA:
                     break
-                if kind == m.PARSE and self._renames and data[pos + 5] != 0:
-                    if length > MAX_STATEMENT:
+                if kind == m.PARSE and self._renames:
+                    if length <= MAX_STATEMENT:
+                        break
+                    if data[pos + 5] != 0:
                         raise ClientProtocolError(
                             f"named statement of {length} bytes; at most {MAX_STATEMENT} are allowed",
                             sqlstate="54000",
                         )
-                    break
                 # its end is not looked at, so a reset has to remove what it may leave behind
                 server.is_dirty = server.is_dirty or kind in (m.QUERY, m.PARSE)
             if server.is_skipping and kind != m.SYNC and kind != m.TERMINATE:
@@ -215,6 +225,8 @@ class Requests:
             _pin(server, query.pin)
         if query.resets:
             self.resets = query.resets
+        self._has_unnamed = False  # a Query takes it away (54.2.3)
+        self._unnamed_parse = None
 
     # -- extended protocol ---------------------------------------------------------------------
 
@@ -278,6 +290,8 @@ class Requests:
         name = data[pos + 6 : _end_of(data, pos + 6, end)]
         if not is_statement or not name or not self._renames:
             server.expected.append(m.CLOSE)
+            if is_statement and not name:
+                self.forget_unnamed()
             return
         self._replace(data, pos, end, _CLOSE_NOTHING)
         statement = self._statements.pop(name, None)
@@ -321,11 +335,17 @@ class Requests:
             self._operation = query.operation
             if query.pin is not None:
                 _pin(server, query.pin)
-        if not self._has_unnamed and self._renames and self._unnamed_parse is not None:
+        if self._has_unnamed or not self._renames:
+            return
+        if self._unnamed_parse is not None:
             # prepared in an earlier cycle, on another connection
             self._piece(data, pos).append(self._unnamed_parse)
             server.expected.append(expect.OUR_UNNAMED_PARSE)
             self._has_unnamed = True
+        else:
+            # this client has none: it must not find what another one has left
+            self._piece(data, pos).append(_CLOSE_UNNAMED)
+            server.expected.append(expect.OUR_UNNAMED_CLOSE)
 
     def _ensure(self, server: ServerConnection, statement: Prepared, data: bytes, pos: int) -> None:
         if prepared.touch(server, statement):

@@ -88,10 +88,11 @@ def from_startup(message: StartupMessage, reported: Mapping[bytes, bytes]) -> di
     defaults = {name.lower(): value for name, value in reported.items()}
     given = split_options(message.parameters.get(b"options", b""))
     given |= {k: v for k, v in message.parameters.items() if k not in _NOT_SETTINGS}
+    wanted = {name.lower(): value for name, value in given.items()}  # the last one counts
     return {
-        name.lower(): value
-        for name, value in given.items()
-        if not _is_same(name.lower(), value, defaults.get(name.lower()))
+        name: value
+        for name, value in wanted.items()
+        if not _is_same(name, value, defaults.get(name))
     }
 
 

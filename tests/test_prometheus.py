@@ -1,0 +1,230 @@
+"""A real Prometheus scrapes the sidecar: what it stores is what an alert or a dashboard can ask for."""
+
+import asyncio
+import json
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import urlencode
+
+import psycopg
+import pytest
+
+from tests.conftest import MakePostgres
+from tests.sidecar_process import PATIENCE, MakeProcess, eventually
+
+FAMILIES = {
+    # Pool
+    "pool_connections": "gauge",
+    "pool_connections_max": "gauge",
+    "pool_connections_idle_min": "gauge",
+    "pool_connections_used_peak": "gauge",
+    "pool_pending_requests": "gauge",
+    "pool_pending_max_wait_seconds": "gauge",
+    "pool_acquires_total": "counter",
+    "pool_acquire_duration_seconds": "histogram",
+    "pool_connection_use_seconds": "histogram",
+    "pool_connection_create_seconds": "histogram",
+    "connections_opened_total": "counter",
+    "connections_closed_total": "counter",
+    "connection_attempts_total": "counter",
+    "connection_errors_total": "counter",
+    "reconnects_total": "counter",
+    "up": "gauge",
+    "pings_total": "counter",
+    "ping_duration_seconds": "histogram",
+    "ping_last_success_timestamp_seconds": "gauge",
+    "pool_info": "gauge",
+    # Work
+    "query_duration_seconds": "histogram",
+    "query_latency_seconds": "summary",  # promtool wants the label quantile on no other type
+    "query_latency_samples": "gauge",
+    "query_errors_total": "counter",
+    "transaction_duration_seconds": "histogram",
+    "transactions_total": "counter",
+    "slow_queries_total": "counter",
+    "slow_query_threshold_seconds": "gauge",
+    "queries_in_flight": "gauge",
+    "longest_running_query_seconds": "gauge",
+    "longest_idle_in_transaction_seconds": "gauge",
+    "timeouts_total": "counter",
+    "proxy_overhead_seconds": "histogram",
+    # Clients and the sidecar itself
+    "client_connections": "gauge",
+    "client_connections_max": "gauge",
+    "client_connections_total": "unknown",  # in OpenMetrics; the gauge has the family's name
+    "network_bytes_total": "counter",
+    "http_requests_total": "counter",
+    "http_request_duration_seconds": "histogram",
+    "event_loop_lag_seconds": "histogram",
+    "metrics_render_seconds": "gauge",
+    "build_info": "gauge",
+    "config_last_reload_success_timestamp_seconds": "gauge",
+}
+"""The contract, by name without prefix, and its types."""
+
+_CONFIG = """
+global: {{scrape_interval: 1s, scrape_timeout: 1s}}
+scrape_configs:
+  - job_name: pgsidecar
+    static_configs: [{{targets: ["127.0.0.1:{port}"]}}]
+"""
+
+
+def program(name: str) -> str:
+    path = shutil.which(name)
+    assert path is not None, f"{name} is missing: apt-get install prometheus"
+    return path
+
+
+class Prometheus:
+    """A Prometheus that scrapes one target."""
+
+    def __init__(self, port: int) -> None:
+        self._url = f"http://127.0.0.1:{port}"
+
+    @classmethod
+    @contextmanager
+    def scraping(cls, target: int, folder: Path) -> Iterator[Self]:
+        path = folder / "prometheus.yml"
+        path.write_text(_CONFIG.format(port=target))
+        with socket.socket() as probe:  # it cannot tell which port the kernel chose for it
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        log = folder / "prometheus.log"
+        with log.open("wb") as said:
+            process = subprocess.Popen(
+                [
+                    program("prometheus"),
+                    f"--config.file={path}",
+                    f"--storage.tsdb.path={folder / 'data'}",
+                    f"--web.listen-address=127.0.0.1:{port}",
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+            )
+        try:
+            yield cls(port)
+        finally:
+            process.terminate()
+            process.wait(PATIENCE)
+            print(log.read_text())  # shown where the test failed
+
+    def ask(self, path: str, **parameters: str) -> Any:
+        """The data of an answer; None while it does not answer."""
+        url = f"{self._url}/api/v1/{path}?{urlencode(parameters)}"
+        try:
+            with urllib.request.urlopen(url, timeout=PATIENCE) as answer:
+                return json.load(answer)["data"]
+        except urllib.error.URLError:
+            return None
+
+    def value(self, query: str) -> float | None:
+        """Of an expression with one result; None if it has none."""
+        found = self.ask("query", query=query)
+        return float(found["result"][0]["value"][1]) if found and found["result"] else None
+
+    def until(self, query: str, is_enough: Callable[[float], bool]) -> float:
+        def look() -> tuple[float] | None:
+            value = self.value(query)
+            return (value,) if value is not None and is_enough(value) else None
+
+        return eventually(look, query, 15)[0]
+
+    def names(self) -> set[str]:
+        return set(self.ask("label/__name__/values") or ())
+
+
+def family_of(name: str) -> str:
+    """In the OpenMetrics format, which Prometheus prefers, a counter's family has no suffix."""
+    return f"pgsidecar_{name.removesuffix('_total') if FAMILIES[name] == 'counter' else name}"
+
+
+def series_of(name: str) -> str:
+    """One series of the family, as an expression asks for it."""
+    return f"pgsidecar_{name}_bucket" if FAMILIES[name] == "histogram" else f"pgsidecar_{name}"
+
+
+def test_prometheus_scrapes_every_family(
+    own_postgres: MakePostgres, make_process: MakeProcess, tmp_path: Path
+) -> None:
+    """With type and help; and its target stays up while PostgreSQL is down, when it matters most."""
+    server = own_postgres()
+    sidecar = make_process(server.dsn(), ping_interval="200ms")
+    with Prometheus.scraping(sidecar.http_port, tmp_path) as prometheus:
+        with psycopg.connect(sidecar.dsn()) as conn:
+            conn.execute("SELECT 1")
+        prometheus.until('up{job="pgsidecar"}', lambda value: value == 1)
+        prometheus.until("pgsidecar_up", lambda value: value == 1)
+        # counters exist at 0 from the first scrape, so that increase() sees the first event
+        assert prometheus.value('pgsidecar_transactions_total{outcome="rollback"}') == 0
+        prometheus.until('pgsidecar_transactions_total{outcome="commit"}', lambda value: value == 1)
+
+        missing = {name for name in FAMILIES if series_of(name) not in prometheus.names()}
+        assert not missing
+        described = prometheus.ask("metadata")
+        for name, kind in FAMILIES.items():
+            (entry,) = described[family_of(name)]
+            assert entry["type"] == kind, name
+            assert entry["help"].endswith("."), name
+        others = {name for name in described if name.startswith("pgsidecar_")}
+        contract = set(map(family_of, FAMILIES))
+        assert others == contract, "a new family belongs into this list, and into docs/metrics.md"
+
+        server.kill()
+        prometheus.until("pgsidecar_up", lambda value: value == 0)
+        began = prometheus.value("timestamp(pgsidecar_up)")
+        assert began is not None
+        prometheus.until("timestamp(pgsidecar_up)", lambda at: at > began)  # it goes on
+        assert prometheus.value('up{job="pgsidecar"}') == 1
+        assert prometheus.value('min_over_time(up{job="pgsidecar"}[1m])') == 1
+
+
+async def test_promtool_has_no_complaint(
+    own_postgres: MakePostgres, make_process: MakeProcess
+) -> None:
+    """Names, units, types and help by Prometheus' own rules, of a sidecar that has seen something."""
+    server = own_postgres()
+    sidecar = make_process(server.dsn())
+    async with await psycopg.AsyncConnection.connect(sidecar.dsn(), autocommit=True) as conn:
+        await conn.execute("SELECT 1")
+        with pytest.raises(psycopg.errors.SyntaxError):
+            await conn.execute("SELEC 1")
+    metrics = await sidecar.until_whole()
+    checked = await asyncio.to_thread(
+        subprocess.run,
+        [program("promtool"), "check", "metrics"],
+        input=metrics.text,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+
+
+def test_a_scrape_is_quick_while_postgresql_is_down(
+    own_postgres: MakePostgres, make_process: MakeProcess
+) -> None:
+    """It asks nobody: neither a killed server nor one that has stalled holds it up."""
+    server = own_postgres()
+    sidecar = make_process(server.dsn(), ping_interval="100ms", ping_timeout="200ms")
+    eventually(lambda: sidecar.scrape().idle == 5, "all warm connections are open")
+    for stop in (server.pause, server.kill):
+        stop()
+        eventually(lambda: not sidecar.scrape().is_up, "down")
+        began = time.monotonic()
+        for _ in range(5):
+            assert "pgsidecar_up" in sidecar.scrape().text
+        assert time.monotonic() - began < 2
+        assert sidecar.get("/livez") == (200, "ok\n")
+        status, why = sidecar.get("/readyz")
+        assert status == 503
+        assert why.startswith("pool 'main': PostgreSQL at 127.0.0.1:")
