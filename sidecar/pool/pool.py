@@ -10,21 +10,18 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Coroutine
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from sidecar.config import PoolConfig
 from sidecar.errors import (
     AcquireTimeout,
     PoolClosed,
     PoolSaturated,
-    ServerUnavailable,
     SidecarError,
 )
 from sidecar.events import (
     AcquireOutcome,
     CloseReason,
-    ConnectReason,
     ErrorReason,
     Phase,
     PingOutcome,
@@ -35,6 +32,7 @@ from sidecar.events import (
     Traffic,
 )
 from sidecar.pool import health
+from sidecar.pool.opening import Opener, Spawn
 from sidecar.pool.server import ServerConnection, cancel_query, clock
 from sidecar.pool.state import ConnectionState, PoolState
 from sidecar.protocol import messages as m
@@ -46,14 +44,9 @@ CLOSE_TIMEOUT: Final = 10.0
 
 CANCEL_TIMEOUT: Final = 10.0  # s
 
-_LIFETIME_JITTER: Final = 0.1
-"""Connections opened together must not all be replaced together."""
-
 # Names of their own for the hot path: ``Enum.MEMBER`` costs 0.2 us on Python 3.11.
 _ACTIVE: Final = ConnectionState.ACTIVE
 _WAITED: Final = AcquireOutcome.WAITED
-
-Spawn = Callable[[Coroutine[Any, Any, None]], object]
 
 
 class Waiter(Protocol):
@@ -85,18 +78,20 @@ class Pool:
         )
         self.resets_always: Final = config.mode is PoolMode.SESSION
         self.is_closing = False
-        self.is_up = False
         self.last_ping = 0.0  # unix time
-        self.last_failure: BaseException | None = None
-        self.parameters: dict[bytes, bytes] = {}
-        """ParameterStatus of the first connection: what a client is told at its login."""
+        self.opener: Final = Opener(
+            config,
+            observer,
+            self.state,
+            spawn,
+            rng or random.Random(),
+            make=self._new_connection,
+            opened=self._hand_over,
+            refused=self._refuse_all,
+        )
         self._spawn: Final = spawn
-        self._rng: Final = rng or random.Random()
-        self._backoff: Final = health.Backoff(self._rng)
-        self._owed = 0  # lost connections not yet replaced
         self._next_ping = 0.0
         self._ping_started: dict[ServerConnection, float] = {}
-        self._logins: set[asyncio.Future[None]] = set()
 
     def __repr__(self) -> str:
         return f"<Pool {self.name!r} {self.state!r}>"
@@ -104,7 +99,7 @@ class Pool:
     def start(self, now: float) -> None:
         """Begin to open the warm connections; the first idle one is pinged at once."""
         self._next_ping = now
-        self._grow(now)
+        self.opener.grow(now)
 
     # -- acquire and release (hot path) --------------------------------------------------------
 
@@ -171,7 +166,7 @@ class Pool:
         waiter.waiting_since = now
         waiter.deadline = now + self.config.acquire_timeout
         self.state.enqueue(waiter)
-        self._grow(now)
+        self.opener.grow(now)
 
     def _refused(self) -> None:
         self.observer.acquired(AcquireOutcome.REJECTED, 0.0, len(self.state.active))
@@ -242,99 +237,7 @@ class Pool:
             server.pin = None
         self._hand_over(server, now)
 
-    # -- opening and closing -------------------------------------------------------------------
-
-    def _grow(self, now: float) -> None:
-        """Open what is missing: all of it, or one at a time while the server refuses or is lost."""
-        if self.is_closing:
-            return
-        missing = self.state.missing()
-        if self._backoff.failures or (self._owed and not self.state.established):
-            is_trying = bool(self.state.by_state[ConnectionState.CONNECTING])
-            missing = 0 if is_trying or now < self._backoff.not_before else min(missing, 1)
-        for _ in range(missing):
-            self._start_opening()
-
-    def _start_opening(self) -> None:
-        if self._owed:
-            reason = ConnectReason.RECONNECT
-        elif self.state.waiters or self._logins:
-            reason = ConnectReason.DEMAND
-        else:
-            reason = ConnectReason.WARM
-        server = ServerConnection(self, self.config.target, self.traffic)
-        self.state.add(server)
-        self._spawn(self._open(server, reason))
-
-    async def _open(self, server: ServerConnection, reason: ConnectReason) -> None:
-        started = clock()
-        try:
-            async with asyncio.timeout_at(started + self.config.connect_timeout):
-                await server.open()
-        except (OSError, SidecarError) as exc:  # TimeoutError is an OSError
-            self._open_failed(server, reason, exc)
-        except Exception as exc:
-            log.exception("login to the server failed", extra={"pool": self.name})
-            self._open_failed(server, reason, exc)
-        except BaseException:
-            self.state.remove(server)
-            server.abort()
-            raise
-        else:
-            self._opened(server, reason, started)
-
-    def _open_failed(
-        self, server: ServerConnection, reason: ConnectReason, exc: BaseException
-    ) -> None:
-        now = clock()
-        self.state.remove(server)
-        server.abort()
-        phase, cause = health.explain(exc, has_connected=server.transport is not None)
-        self.observer.connection_failed(phase, cause)
-        if cause is ErrorReason.TIMEOUT:
-            self.observer.timed_out(TimeoutKind.CONNECT)
-        if reason is ConnectReason.RECONNECT:
-            self.observer.reconnected(False)
-        self.last_failure = exc
-        if not self.state.established:
-            self.is_up = False
-        delay = self._backoff.failed(now)
-        log.warning(
-            "cannot connect to the server",
-            extra={
-                "pool": self.name,
-                "server": self.config.target.describe(),
-                "cause": health.describe(exc),
-                "attempt": self._backoff.failures,
-                "next_attempt_in": round(delay, 3),
-            },
-        )
-        if health.is_permanent(exc) and not self.state.established:
-            self._refuse_all(exc)
-
-    def _opened(self, server: ServerConnection, reason: ConnectReason, started: float) -> None:
-        now = clock()
-        if server.state is not ConnectionState.CONNECTING:
-            return  # closed meanwhile
-        if self._backoff.failures:
-            log.info("the server accepts connections again", extra={"pool": self.name})
-        self._backoff.succeeded()
-        self.is_up = True
-        self.last_failure = None
-        if not self.parameters:
-            self.parameters = dict(server.parameters)
-        self._end_logins(None)
-        server.opened_at = now
-        server.status_since = now
-        lifetime = self.config.max_lifetime
-        server.age_limit = now + lifetime * self._rng.uniform(1.0 - _LIFETIME_JITTER, 1.0)
-        self.observer.connection_opened(reason, now - started)
-        if reason is ConnectReason.RECONNECT:
-            self._owed = max(0, self._owed - 1)
-            self.observer.reconnected(True)
-        log.debug("server connection opened", extra={"pool": self.name, "backend_pid": server.pid})
-        self._hand_over(server, now)
-        self._grow(now)
+    # -- closing -------------------------------------------------------------------
 
     def _close(self, server: ServerConnection, reason: CloseReason, now: float) -> None:
         server.deadline = now + CLOSE_TIMEOUT
@@ -351,7 +254,7 @@ class Pool:
         reason = server.close_reason
         self.observer.connection_closed(reason)
         if was is not ConnectionState.CLOSING:
-            self._owed += 1
+            self.opener.owed += 1
             if was is ConnectionState.ACTIVE:
                 self.observer.released(now - server.leased_at)
                 cause = health.reason_of(server.last_error)
@@ -369,54 +272,7 @@ class Pool:
                 "sqlstate": server.last_error,
             },
         )
-        self._grow(now)
-
-    # -- logins --------------------------------------------------------------------------------
-
-    async def wait_for_parameters(self, deadline: float) -> None:
-        """Return once a server connection has told us the server's parameters.
-
-        Raises ServerUnavailable at the deadline, and the server's own refusal where it is one.
-        """
-        if self.parameters:
-            return
-        if self.last_failure is not None and health.is_permanent(self.last_failure):
-            raise self.last_failure
-        known: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._logins.add(known)
-        try:
-            self._open_for_logins(clock())
-            async with asyncio.timeout_at(deadline):
-                await known
-        except TimeoutError:
-            raise self._unavailable() from self.last_failure
-        finally:
-            self._logins.discard(known)
-
-    def _open_for_logins(self, now: float) -> None:
-        """A login needs one connection, which with ``min_idle`` 0 nobody else has opened."""
-        if (
-            self._logins
-            and not self.state.size
-            and not self.is_closing
-            and now >= self._backoff.not_before
-        ):
-            self._start_opening()
-
-    def _end_logins(self, error: BaseException | None) -> None:
-        for known in self._logins:
-            if not known.done():
-                if error is None:
-                    known.set_result(None)
-                else:
-                    known.set_exception(error)
-
-    def _unavailable(self) -> ServerUnavailable:
-        cause = "" if self.last_failure is None else f": {health.describe(self.last_failure)}"
-        return ServerUnavailable(
-            f"pool {self.name!r} cannot reach PostgreSQL at {self.config.target.describe()}{cause}",
-            hint="The pool keeps trying; retry later.",
-        )
+        self.opener.grow(now)
 
     # -- the janitor ---------------------------------------------------------------------------
 
@@ -428,8 +284,7 @@ class Pool:
         self._note_slow_queries(now)
         if now >= self._next_ping and not self.is_closing:
             self._ping_all(now)
-        self._open_for_logins(now)
-        self._grow(now)
+        self.opener.tick(now)
 
     def _time_out(self, waiter: Waiter, now: float) -> None:
         waited = now - waiter.waiting_since
@@ -443,19 +298,20 @@ class Pool:
                 f"reason, raise max_size ({self.config.max_size}).",
             )
         else:
-            error = self._unavailable()
+            error = self.opener.unavailable()
         self.observer.acquired(AcquireOutcome.TIMEOUT, waited, len(self.state.active))
         self.observer.connection_failed(Phase.ACQUIRE, ErrorReason.TIMEOUT)
         self.observer.timed_out(TimeoutKind.ACQUIRE)
         waiter.refused(error)
 
-    def _refuse_all(self, error: BaseException) -> None:
-        """The server refuses this user or database: nobody needs to wait for that."""
-        assert isinstance(error, SidecarError)
-        self._end_logins(error)
+    def _refuse_all(self, error: SidecarError) -> None:
+        """Nobody needs to wait any longer."""
         while (waiter := self.state.next_waiter()) is not None:
             self._refused()
             waiter.refused(error)
+
+    def _new_connection(self) -> ServerConnection:
+        return ServerConnection(self, self.config.target, self.traffic)
 
     def _sweep_connections(self, now: float) -> None:
         for server in list(self.state.by_state[ConnectionState.CLOSING]):
@@ -493,8 +349,8 @@ class Pool:
             self._next_ping = now + self.config.ping_interval
             for server in list(self.state.idle):
                 self._ping(server, now)
-        elif not self.state.size and now >= self._backoff.not_before:
-            self._start_opening()
+        else:
+            self.opener.ensure_one(now)
 
     def _ping(self, server: ServerConnection, now: float) -> None:
         self.state.move(server, ConnectionState.CHECKING)
@@ -506,7 +362,7 @@ class Pool:
         now = clock()
         took = now - self._ping_started.pop(server, now)
         if not sqlstate:
-            self.is_up = True
+            self.opener.is_up = True
             self.last_ping = time.time()
             self.observer.pinged(PingOutcome.OK, took)
             idle_since = server.status_since
@@ -514,7 +370,7 @@ class Pool:
             if server.state is ConnectionState.IDLE:
                 server.status_since = idle_since  # a ping is no use
             return
-        self.is_up = False
+        self.opener.is_up = False
         self.observer.pinged(PingOutcome.ERROR, took)
         is_lost = sqlstate == health.LOST
         cause = ErrorReason.RESET if is_lost else ErrorReason.SERVER_ERROR
@@ -527,8 +383,8 @@ class Pool:
         if started is None:
             self._close(server, CloseReason.RESET_FAILED, now)
             return
-        self.is_up = False
-        self._owed += 1
+        self.opener.is_up = False
+        self.opener.owed += 1
         self.observer.pinged(PingOutcome.TIMEOUT, now - started)
         self.observer.connection_failed(Phase.PING, ErrorReason.TIMEOUT)
         log.warning("ping not answered in time", extra={"pool": self.name})
@@ -555,17 +411,13 @@ class Pool:
             min_idle=state.min_idle,
             pending=len(state.waiters),
             oldest_wait=0.0 if first is None else now - first.waiting_since,
-            is_up=self.is_up,
+            is_up=self.opener.is_up,
             last_ping=self.last_ping,
             queries_in_flight=len(running),
             longest_running_query=max((now - s.query_started for s in running), default=0.0),
             longest_idle_in_transaction=max((now - s.status_since for s in open_idle), default=0.0),
             slow_query_threshold=self.config.slow_query_threshold,
         )
-
-    def why_down(self) -> str:
-        """The cause of the last failure to connect, for a person; empty if there is none."""
-        return "" if self.last_failure is None else health.describe(self.last_failure)
 
     def _who_holds(self, now: float) -> str:
         """What has the pool: for the error of a client that waited in vain."""
@@ -584,12 +436,10 @@ class Pool:
 
     def close(self, now: float) -> None:
         """Refuse whoever waits, close what is not leased; leased connections close on release."""
-        self.is_closing = True
+        self.is_closing = self.opener.is_closed = True
         error = PoolClosed(f"pool {self.name!r} is closing")
-        self._end_logins(error)
-        while (waiter := self.state.next_waiter()) is not None:
-            self._refused()
-            waiter.refused(error)
+        self.opener.end_logins(error)
+        self._refuse_all(error)
         for server in [*self.state.idle, *self.state.by_state[ConnectionState.CHECKING]]:
             self._close(server, CloseReason.SHUTDOWN, now)
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 from sidecar.config import Config, PoolConfig
 from sidecar.errors import ConfigError, PoolClosed, PoolSaturated
 from sidecar.events import ClientOutcome, Listener, Observer
-from sidecar.pool.pool import Spawn
+from sidecar.pool.opening import Spawn
 from sidecar.protocol.authentication import ScramVerifier, make_verifier, mock_verifier
 from sidecar.protocol.startup import CancelRequest
 from sidecar.proxy.relay import PoolTables, Relay

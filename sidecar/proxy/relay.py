@@ -500,7 +500,7 @@ class Relay:
         name, value = m.name_and_value(body)
         server.parameters[name] = value
         key = name.lower()
-        told = self.settings.values.get(key, self._pool.parameters.get(name))
+        told = self.settings.values.get(key, self._pool.opener.parameters.get(name))
         if told != value:
             self._write(m.message(m.PARAMETER_STATUS, body))
 
@@ -517,7 +517,7 @@ class Relay:
             if name in READ_ONLY or name not in server.parameters:
                 continue
             if key in server.lacks:
-                if value == self._pool.parameters.get(name):  # reset, and to be set back
+                if value == self._pool.opener.parameters.get(name):  # reset, and to be set back
                     self._write(m.parameter_status(name, server.lacks[key]))
                     continue
                 server.lacks = {k: v for k, v in server.lacks.items() if k != key}

@@ -165,10 +165,12 @@ class Session:
             raise no_pool
         tables = self._host.tables(pool.name)
         self._host.admit()
-        await tables.pool.wait_for_parameters(deadline - 0.1)  # its message says more than ours
+        await tables.pool.opener.wait_for_parameters(
+            deadline - 0.1
+        )  # its message says more than ours
         if self._is_closed:
             raise _Gone
-        settings = tables.settings.intern(from_startup(packet, tables.pool.parameters))
+        settings = tables.settings.intern(from_startup(packet, tables.pool.opener.parameters))
         relay = Relay(tables, self._host, Client(user, database, self._address), settings)
         self._host.register(relay)
         self._hand_over(relay, tables)
@@ -201,7 +203,7 @@ class Session:
         values = relay.settings.values
         told = [
             m.parameter_status(name, values.get(name.lower(), value))
-            for name, value in tables.pool.parameters.items()
+            for name, value in tables.pool.opener.parameters.items()
         ]
         self._write(
             m.authentication(m.AUTH_OK)

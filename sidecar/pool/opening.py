@@ -1,0 +1,214 @@
+"""Opens a pool's server connections: when, how many at a time, and what follows a failure.
+
+Owns the attempts to connect, the delay between them, whether the server is known to be up, and who
+waits for the first connection. Runs one task for each attempt. Whom a connection serves is decided
+by ``pool.pool``.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
+
+from sidecar.config import PoolConfig
+from sidecar.errors import ServerUnavailable, SidecarError
+from sidecar.events import ConnectReason, ErrorReason, PoolObserver, TimeoutKind
+from sidecar.pool import health
+from sidecar.pool.server import ServerConnection, clock
+from sidecar.pool.state import ConnectionState, PoolState
+
+log = logging.getLogger("pgsidecar.pool")
+
+LIFETIME_JITTER: Final = 0.1
+"""Connections opened together must not all be replaced together."""
+
+Spawn = Callable[[Coroutine[Any, Any, None]], object]
+
+
+class Opener:
+    """``make`` makes a connection that is not open yet, ``opened`` gets it when it is, ``refused``
+    is told when the server refuses this user or database."""
+
+    def __init__(
+        self,
+        config: PoolConfig,
+        observer: PoolObserver,
+        state: PoolState[ServerConnection, Any],
+        spawn: Spawn,
+        rng: random.Random,
+        *,
+        make: Callable[[], ServerConnection],
+        opened: Callable[[ServerConnection, float], None],
+        refused: Callable[[SidecarError], None],
+    ) -> None:
+        self.is_up = False
+        self.is_closed = False
+        self.last_failure: BaseException | None = None
+        self.parameters: dict[bytes, bytes] = {}
+        """ParameterStatus of the first connection: what a client is told at its login."""
+        self.owed = 0  # lost connections not yet replaced
+        self._config: Final = config
+        self._observer: Final = observer
+        self._state: Final = state
+        self._spawn: Final = spawn
+        self._rng: Final = rng
+        self._make: Final = make
+        self._opened: Final = opened
+        self._refused: Final = refused
+        self._backoff: Final = health.Backoff(rng)
+        self._logins: set[asyncio.Future[None]] = set()
+
+    # -- how many ------------------------------------------------------------------------------
+
+    def grow(self, now: float) -> None:
+        """Open what is missing: all of it, or one at a time while the server refuses or is lost."""
+        missing = self._state.missing()
+        if self._backoff.failures or (self.owed and not self._state.established):
+            is_trying = bool(self._state.by_state[ConnectionState.CONNECTING])
+            missing = 0 if is_trying or now < self._backoff.not_before else min(missing, 1)
+        if not self.is_closed:
+            for _ in range(missing):
+                self._start()
+
+    def ensure_one(self, now: float) -> None:
+        """Open a connection if there is none at all: for a ping or a login, which need one even
+        where ``min_idle`` is 0."""
+        if not self._state.size and not self.is_closed and now >= self._backoff.not_before:
+            self._start()
+
+    def tick(self, now: float) -> None:
+        """The backoff may be over; every 100 ms."""
+        if self._logins:
+            self.ensure_one(now)
+        self.grow(now)
+
+    def _start(self) -> None:
+        if self.owed:
+            reason = ConnectReason.RECONNECT
+        elif self._state.waiters or self._logins:
+            reason = ConnectReason.DEMAND
+        else:
+            reason = ConnectReason.WARM
+        server = self._make()
+        self._state.add(server)
+        self._spawn(self._open(server, reason))
+
+    # -- one attempt ---------------------------------------------------------------------------
+
+    async def _open(self, server: ServerConnection, reason: ConnectReason) -> None:
+        started = clock()
+        try:
+            async with asyncio.timeout_at(started + self._config.connect_timeout):
+                await server.open()
+        except (OSError, SidecarError) as exc:  # TimeoutError is an OSError
+            self._failed(server, reason, exc)
+        except Exception as exc:
+            log.exception("login to the server failed", extra={"pool": self._config.name})
+            self._failed(server, reason, exc)
+        except BaseException:
+            self._state.remove(server)
+            server.abort()
+            raise
+        else:
+            self._succeeded(server, reason, started)
+
+    def _failed(self, server: ServerConnection, reason: ConnectReason, exc: Exception) -> None:
+        self._state.remove(server)
+        server.abort()
+        phase, cause = health.explain(exc, has_connected=server.transport is not None)
+        self._observer.connection_failed(phase, cause)
+        if cause is ErrorReason.TIMEOUT:
+            self._observer.timed_out(TimeoutKind.CONNECT)
+        if reason is ConnectReason.RECONNECT:
+            self._observer.reconnected(False)
+        self.last_failure = exc
+        if not self._state.established:
+            self.is_up = False
+        delay = self._backoff.failed(clock())
+        log.warning(
+            "cannot connect to the server",
+            extra={
+                "pool": self._config.name,
+                "server": self._config.target.describe(),
+                "cause": health.describe(exc),
+                "attempt": self._backoff.failures,
+                "next_attempt_in": round(delay, 3),
+            },
+        )
+        if (
+            isinstance(exc, SidecarError)
+            and health.is_permanent(exc)
+            and not self._state.established
+        ):
+            self.end_logins(exc)
+            self._refused(exc)
+
+    def _succeeded(self, server: ServerConnection, reason: ConnectReason, started: float) -> None:
+        now = clock()
+        pool = self._config.name
+        if server.state is not ConnectionState.CONNECTING:
+            return  # closed meanwhile
+        if self._backoff.failures:
+            log.info("the server accepts connections again", extra={"pool": pool})
+        self._backoff.succeeded()
+        self.is_up = True
+        self.last_failure = None
+        if not self.parameters:
+            self.parameters = dict(server.parameters)
+        self.end_logins(None)
+        server.opened_at = now
+        server.status_since = now
+        lifetime = self._config.max_lifetime
+        server.age_limit = now + lifetime * self._rng.uniform(1.0 - LIFETIME_JITTER, 1.0)
+        self._observer.connection_opened(reason, now - started)
+        if reason is ConnectReason.RECONNECT:
+            self.owed = max(0, self.owed - 1)
+            self._observer.reconnected(True)
+        log.debug("server connection opened", extra={"pool": pool, "backend_pid": server.pid})
+        self._opened(server, now)
+        self.grow(now)
+
+    # -- logins --------------------------------------------------------------------------------
+
+    async def wait_for_parameters(self, deadline: float) -> None:
+        """Return once a server connection has told us the server's parameters.
+
+        Raises ServerUnavailable at the deadline, and the server's own refusal where it is one.
+        """
+        if self.parameters:
+            return
+        if self.last_failure is not None and health.is_permanent(self.last_failure):
+            raise self.last_failure
+        known: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._logins.add(known)
+        try:
+            self.ensure_one(clock())
+            async with asyncio.timeout_at(deadline):
+                await known
+        except TimeoutError:
+            raise self.unavailable() from self.last_failure
+        finally:
+            self._logins.discard(known)
+
+    def end_logins(self, error: SidecarError | None) -> None:
+        """Let those go on who wait for the parameters, or tell them why not."""
+        for known in self._logins:
+            if not known.done():
+                if error is None:
+                    known.set_result(None)
+                else:
+                    known.set_exception(error)
+
+    def unavailable(self) -> ServerUnavailable:
+        """The error for who waited while there was no connection at all."""
+        cause = f": {self.why_down()}" if self.last_failure is not None else ""
+        return ServerUnavailable(
+            f"pool {self._config.name!r} cannot reach PostgreSQL at "
+            f"{self._config.target.describe()}{cause}",
+            hint="The pool keeps trying; retry later.",
+        )
+
+    def why_down(self) -> str:
+        """The cause of the last failure to connect, for a person; empty if there is none."""
+        return "" if self.last_failure is None else health.describe(self.last_failure)
