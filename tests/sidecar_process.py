@@ -186,6 +186,10 @@ class Sidecar:
             await asyncio.sleep(POLL)
         return metrics
 
+    async def until_pinged(self) -> Metrics:
+        """The first ping is over: no other comes, and takes a connection, for ``ping_interval``."""
+        return await self.until(lambda now: now.total("pgsidecar_pings_total", outcome="ok"))
+
     async def until_whole(self, idle: int | None = None) -> Metrics:
         """Nobody has or wants a connection, no lease is left; ``idle`` connections, if given."""
         return await self.until(lambda now: now.is_whole and idle in (None, now.idle))

@@ -14,7 +14,7 @@ import pytest
 
 from sidecar.demo.postgres import EmbeddedPostgres
 from tests.pgbench import MODES, fill, pgbench
-from tests.sidecar_process import MakeProcess, MakeService, Metrics
+from tests.sidecar_process import MakeProcess, MakeService, Metrics, come_true
 
 CLIENTS = 200
 MAX_SIZE = 25
@@ -101,10 +101,9 @@ async def test_a_backend_that_does_not_go_keeps_its_place(
     dsn = create_role(postgres, "load_stuck")
     sidecar = await make_service(dsn, max_size=1, min_idle=1, max_lifetime="500ms")
     async with await psycopg.AsyncConnection.connect(sidecar.dsn(), autocommit=True) as conn:
-        row = await (await conn.execute("SELECT pg_backend_pid()")).fetchone()
-        assert row is not None
-        (pid,) = row
-        await sidecar.until(lambda now: now.total("pgsidecar_pings_total", outcome="ok") == 1)
+        await sidecar.until_pinged()
+        idle = sidecar.pool.state.idle
+        pid = await come_true(lambda: max((server.pid for server in idle), default=0), "idle")
         os.kill(pid, signal.SIGSTOP)
         try:
             await sidecar.until(lambda now: now.idle == now.used == 0)  # it was told to go

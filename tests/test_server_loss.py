@@ -204,6 +204,7 @@ async def test_crash_and_restart_under_load(
         assert await asking in ("08006", "57P01")
         down = await sidecar.until(lambda now: not now.is_up)
         assert down.used == down.idle == 0
+        await sidecar.until(lambda now: failed(now, "connect", "refused"))
         status, why = await asyncio.to_thread(sidecar.get, "/readyz")
         assert status == 503
         assert f"127.0.0.1:{server.port} is not reachable (connection refused)" in why
@@ -317,6 +318,7 @@ async def test_what_a_server_says_after_the_transaction_is_not_the_clients(
         other = await asyncpg.connect(sidecar.dsn())
         try:
             pid = await client.fetchval("SELECT pg_backend_pid()")
+            await sidecar.until_pinged()
             proxy.passing.clear()
             asking = asyncio.create_task(client.execute("SELECT 'held back'"))
             backend = f"FROM pg_stat_activity WHERE pid = {pid}"
@@ -346,7 +348,7 @@ async def test_clients_that_leave_before_their_settings_hold(
     server = own_postgres()
     sidecar = await make_service(server.dsn(), max_size=1)
     async with await psycopg.AsyncConnection.connect(sidecar.dsn(), autocommit=True) as other:
-        await other.execute("SELECT 1")
+        await sidecar.until_pinged()
         dsn = sidecar.dsn(application_name="nobody had this before")
         leaving = await psycopg.AsyncConnection.connect(dsn, autocommit=True)
         server.pause()
@@ -368,15 +370,16 @@ async def test_lost_idle_connections_are_replaced_unnoticed(
 ) -> None:
     """Who is not in the middle of a transaction hears nothing of it."""
     server = own_postgres()
-    sidecar = await make_service(server.dsn(user="postgres"), **QUICK)
+    sidecar = await make_service(server.dsn(), **{**QUICK, "max_size": 3})
     await sidecar.until(lambda now: now.idle == 3)
     async with await psycopg.AsyncConnection.connect(sidecar.dsn(), autocommit=True) as conn:
         await conn.execute("SELECT 1")
-        server.psql(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        ended = server.psql(
+            "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
             " WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
         )
-        await sidecar.until(lambda now: reconnects(now, "ok") >= 3)
+        assert ended == "3"
+        await sidecar.until(lambda now: reconnects(now, "ok") == 3)
         await conn.execute("SELECT 1")
     metrics = await until_recovered(sidecar)
     assert metrics.errors == {}

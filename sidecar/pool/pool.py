@@ -44,6 +44,11 @@ CLOSE_TIMEOUT: Final = 10.0
 
 CANCEL_TIMEOUT: Final = 10.0  # s
 
+_LOSSES: Final = frozenset(
+    {CloseReason.SERVER_CLOSED, CloseReason.PING_FAILED, CloseReason.PING_TIMEOUT}
+)
+"""What is opened after these is a reconnect."""
+
 # Names of their own for the hot path: ``Enum.MEMBER`` costs 0.2 us on Python 3.11.
 _ACTIVE: Final = ConnectionState.ACTIVE
 _WAITED: Final = AcquireOutcome.WAITED
@@ -240,6 +245,8 @@ class Pool:
     # -- closing -------------------------------------------------------------------
 
     def _close(self, server: ServerConnection, reason: CloseReason, now: float) -> None:
+        if reason in _LOSSES:
+            self.opener.owed += 1
         server.deadline = now + CLOSE_TIMEOUT
         server.close(reason)
         self.state.move(server, ConnectionState.CLOSING)
@@ -262,7 +269,7 @@ class Pool:
                     cause = ErrorReason.RESET
                 self.observer.connection_failed(Phase.QUERY, cause)
         log.log(
-            logging.WARNING if reason is CloseReason.SERVER_CLOSED else logging.DEBUG,
+            logging.WARNING if reason in _LOSSES else logging.DEBUG,
             "server connection closed",
             extra={
                 "pool": self.name,
@@ -384,7 +391,6 @@ class Pool:
             self._close(server, CloseReason.RESET_FAILED, now)
             return
         self.opener.is_up = False
-        self.opener.owed += 1
         self.observer.pinged(PingOutcome.TIMEOUT, now - started)
         self.observer.connection_failed(Phase.PING, ErrorReason.TIMEOUT)
         log.warning("ping not answered in time", extra={"pool": self.name})

@@ -24,6 +24,7 @@ OUR_UNNAMED_PARSE: Final = 6
 OUR_CLOSE: Final = 7
 OUR_UNNAMED_CLOSE: Final = 9  # of an unnamed statement that is not the client's
 SETUP: Final = 8  # our Query that carries over settings
+OUR_SYNC: Final = 10  # behind a Flush: the client would keep the connection, but needs it no more
 
 _WITH_UNDO: Final = frozenset({FAKE_PARSE, PARSE_NAMED, CLOSE_NAMED, OUR_PARSE, OUR_CLOSE})
 
@@ -59,7 +60,7 @@ def skip_to_sync(server: ServerConnection) -> int:
     expected = server.expected
     queries = 0
     skipped: list[tuple[int, Undo]] = []
-    while expected and expected[0] != m.SYNC:
+    while expected and expected[0] != m.SYNC and expected[0] != OUR_SYNC:
         code = expected.popleft()
         if code <= AUTOMATIC:
             server.automatic -= 1

@@ -78,6 +78,7 @@ class Relay:
         "_holds_lease",
         "_home",
         "_is_setting",
+        "_is_unread",
         "_is_write_paused",
         "_own_time",
         "_pool",
@@ -136,6 +137,7 @@ class Relay:
         self.is_leaving = False  # close as soon as there is no lease
         self.is_closed = False
         self._is_write_paused = False
+        self._is_unread = False  # not read from until it reads: refused without a lease
         self._is_setting = False  # the server's next replies are to our own SET
         self._setup_error: bytes | None = None
         self._setup_rest = b""
@@ -168,6 +170,8 @@ class Relay:
             self._setup_rest += data  # the settings may be refused: see _set_up
             if len(self._setup_rest) > HELD_BACK:
                 self.transport.pause_reading()
+        elif requests.awaits_sync:
+            self._hold_back(data)
         elif server.lacks and self.replies.is_at_rest and server.tx_status == m.IDLE:
             self._set_back(server, data)
         else:
@@ -196,6 +200,11 @@ class Relay:
         self._is_write_paused = False
         if self.server is not None:
             self.server.transport.resume_reading()
+        elif self._is_unread and not self.transport.is_closing():
+            self._is_unread = False
+            self.transport.resume_reading()
+            data, self.requests.rest = self.requests.rest, b""
+            self._begin(data)
 
     def _write(self, data: bytes) -> None:
         self._pool.traffic.client_sent += len(data)
@@ -207,16 +216,18 @@ class Relay:
         """The client has no connection: does it need one now?"""
         kind: int  # declared: compiled, these are then plain integers
         length: int
-        while data:
+        pos = 0
+        size = len(data)
+        while pos < size:
             if self._skip_bytes:
-                skipped = min(self._skip_bytes, len(data))
+                skipped = min(self._skip_bytes, size - pos)
                 self._skip_bytes -= skipped
-                data = data[skipped:]
+                pos += skipped
                 continue
-            if len(data) < 5:
+            if size - pos < 5:
                 break
-            kind, length = m.HEADER.unpack_from(data)
-            if kind not in _NEEDS_SERVER or length < 4:
+            kind, length = m.HEADER.unpack_from(data, pos)
+            if kind not in _NEEDS_SERVER or length < 4 or length >= size - pos:
                 try:
                     check_header(kind, length)
                 except ClientProtocolError as exc:
@@ -231,20 +242,25 @@ class Relay:
                     self._skip_to_sync = False
                     self._write(m.READY_IDLE_MESSAGE)
                 continue
-            if len(data) <= length and len(data) < INSPECTED:
+            if size - pos <= length and size - pos < INSPECTED:
                 break  # who is still writing does not need a connection yet
-            if self._acquire(data):
+            if self._acquire(data, pos):
                 return
-        self.requests.rest = data
+            if self._is_write_paused:
+                self._is_unread = True  # it asks on, and does not read that it is refused
+                self.transport.pause_reading()
+                break
+        self.requests.rest = data[pos:]
 
-    def _acquire(self, data: bytes) -> bool:
+    def _acquire(self, data: bytes, pos: int) -> bool:
         """Ask the pool. False if it refused; the refused cycle is then skipped."""
         now = clock()
         try:
             server = self._pool.acquire(self, now)
         except PoolError as exc:
-            self._refuse_cycle(exc, data)
+            self._refuse_cycle(exc, data, pos)
             return False
+        data = data[pos:]
         if server is None:
             self.is_waiting = True
             self._hold_back(data)
@@ -273,16 +289,16 @@ class Relay:
         self.requests.rest = b""
         if len(data) > HELD_BACK:
             self.transport.resume_reading()
-        self._refuse_cycle(error, data)
+        self._refuse_cycle(error, data, 0)
         if self.is_leaving:
             self.end()
         else:
             self._begin(data)
 
-    def _refuse_cycle(self, error: SidecarError, data: bytes) -> None:
+    def _refuse_cycle(self, error: SidecarError, data: bytes, pos: int) -> None:
         """Answer the cycle that begins here with an error; what belongs to it is skipped."""
         self._report(error, "ERROR")
-        kind, length = m.HEADER.unpack_from(data)
+        kind, length = m.HEADER.unpack_from(data, pos)
         if kind == m.QUERY or kind == m.FUNCTION_CALL:
             self._skip_bytes = 1 + length
             self._write(m.READY_IDLE_MESSAGE)
@@ -396,10 +412,24 @@ class Relay:
             server.transport.resume_reading()
         if self.replies.held:
             server.unasked_data(self.replies.take_held())
-            if server.last_error or server.transport.is_closing():
-                self._pool.discard(server, server.close_reason, now)
-                return
-        self._pool.release(server, now)
+        if server.last_error or server.transport.is_closing():
+            self._pool.discard(server, server.close_reason, now)
+        else:
+            self._pool.release(server, now)
+        if self.requests.awaits_sync:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Our own Sync is through. If what it followed has failed, the client's next messages are
+        ignored up to its own Sync, as the server would have."""
+        requests = self.requests
+        requests.awaits_sync = False
+        self._skip_to_sync = requests.has_failed
+        data, requests.rest = requests.rest, b""
+        if len(data) > HELD_BACK:
+            self.transport.resume_reading()
+        if data:
+            self._begin(data)
 
     def _leave(self, server: ServerConnection, reason: CloseReason, now: float) -> None:
         """The client is gone, or has to go, and holds a connection."""

@@ -141,6 +141,8 @@ class Replies:
             elif kind == m.READY_FOR_QUERY:
                 if length != 5:
                     raise ServerProtocolError(f"ReadyForQuery of {length} bytes")
+                if expected and expected[0] == expect.OUR_SYNC:
+                    self._cut(data, pos, end)
                 self._ready(server, data[pos + 5], now)
                 if end < size and self._is_lease_over(server):
                     pos = end
@@ -279,6 +281,8 @@ class Replies:
         head = expected.popleft() if expected else 0
         if head == m.QUERY or head == m.FUNCTION_CALL:
             self._query_done(server, now)
+        elif head == expect.OUR_SYNC:
+            self._requests.has_failed = server.cycle_failed
         elif head != m.SYNC:
             raise ServerProtocolError("ReadyForQuery from the server answers no request")
         server.tx_status = status

@@ -71,6 +71,7 @@ class Requests:
 
     __slots__ = (
         "_cache",
+        "_has_bound",
         "_has_unnamed",
         "_operation",
         "_out",
@@ -81,7 +82,9 @@ class Requests:
         "_statements",
         "_unnamed",
         "_unnamed_parse",
+        "awaits_sync",
         "dialect",
+        "has_failed",
         "passing",
         "resets",
         "rest",
@@ -105,6 +108,9 @@ class Requests:
         self._unnamed: Query | None = None
         self._unnamed_parse: bytes | None = None  # its Parse, to repeat elsewhere
         self._has_unnamed = False  # this connection has it
+        self._has_bound = False  # a portal, since the last Sync
+        self.awaits_sync = False  # our own Sync is on its way
+        self.has_failed = False  # before it: the client expects to be ignored up to its own Sync
         self._operation = int(Operation.OTHER)  # of the last Bind
         self._out: list[bytes] | None = None
         self._start = 0
@@ -116,6 +122,7 @@ class Requests:
 
     def begin_lease(self) -> None:
         self._has_unnamed = False
+        self._has_bound = False
 
     def forget_statements(self) -> None:
         """The client said DEALLOCATE ALL or DISCARD ALL."""
@@ -183,11 +190,17 @@ class Requests:
             elif kind == m.QUERY:
                 self._add_query(server, m.QUERY, classify(data[pos + 5 : end - 1]), now)
             elif kind == m.BIND:
+                self._has_bound = True
                 self._bind(server, data, pos, end)
             elif kind == m.EXECUTE:
                 expected.append(m.EXECUTE)
+                self._has_bound = True
                 self._run(server, self._operation, now)
+            elif kind == m.FLUSH:
+                if self._renames and end == size and not self._has_bound:
+                    self._sync(server, data, pos, end)
             elif kind == m.SYNC:
+                self._has_bound = False
                 server.is_skipping = False
                 if not server.copy_in:
                     expected.append(m.SYNC)
@@ -210,6 +223,19 @@ class Requests:
                 break
             pos = end
         return pos
+
+    def _sync(self, server: ServerConnection, data: bytes, pos: int, end: int) -> None:
+        """A client that prepares and flushes (asyncpg's ``prepare``) may come back in an hour.
+
+        Nothing has been bound, so a Sync of our own changes nothing it could see, and the lease
+        ends. What it sends next waits until that is done: see ``awaits_sync``.
+        """
+        if server.tx_status != m.IDLE or server.pin is not None or not server.expected:
+            return
+        self._replace(data, pos, end, data[pos:end] + m.SYNC_MESSAGE)
+        server.expected.append(expect.OUR_SYNC)
+        self.awaits_sync = True
+        self.has_failed = False
 
     def _run(self, server: ServerConnection, operation: int, now: float) -> None:
         if not server.operations:
