@@ -67,9 +67,9 @@ class Check:
                 self._server.tx_status = body[0] if body else m.FAILED
             pos = end
         self._rest = data[pos:]
-        if not self._owed:
+        if self._owed <= 0:
             self._server.receiver = None
-            if self._rest:
+            if self._rest or self._owed:  # more than it was asked
                 self._sqlstate = self._sqlstate or ServerProtocolError.sqlstate
             if self._server.tx_status != m.IDLE:
                 self._sqlstate = self._sqlstate or "25001"  # active_sql_transaction

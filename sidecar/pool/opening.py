@@ -23,6 +23,9 @@ log = logging.getLogger("pgsidecar.pool")
 LIFETIME_JITTER: Final = 0.1
 """Connections opened together must not all be replaced together."""
 
+_PROVEN: Final = 1.0
+"""Seconds. A login that the server takes back sooner was none: think of a proxy whose server is gone."""
+
 Spawn = Callable[[Coroutine[Any, Any, None]], object]
 
 
@@ -57,6 +60,7 @@ class Opener:
         self._opened: Final = opened
         self._refused: Final = refused
         self._backoff: Final = health.Backoff(rng)
+        self._is_doubtful = False  # logins succeed, but were taken back
         self._logins: set[asyncio.Future[None]] = set()
 
     # -- how many ------------------------------------------------------------------------------
@@ -79,9 +83,25 @@ class Opener:
 
     def tick(self, now: float) -> None:
         """The backoff may be over; every 100 ms."""
+        if self._is_doubtful and any(
+            now - server.opened_at >= _PROVEN
+            for servers in (self._state.idle, self._state.active)
+            for server in servers
+        ):
+            self._is_doubtful = False
+            self._backoff.succeeded()
         if self._logins:
             self.ensure_one(now)
         self.grow(now)
+
+    def lost(self, server: ServerConnection, now: float, *, was_leased: bool) -> None:
+        """The server has closed a connection unbidden. What a client made it do is no reason to
+        pause; else a new one that is lost is a failed attempt."""
+        self.owed += 1
+        if not was_leased and now - server.opened_at < _PROVEN:
+            self._is_doubtful = True
+            if now >= self._backoff.not_before:
+                self._backoff.failed(now)
 
     def _start(self) -> None:
         if self.owed:
@@ -149,9 +169,10 @@ class Opener:
         pool = self._config.name
         if server.state is not ConnectionState.CONNECTING:
             return  # closed meanwhile
-        if self._backoff.failures:
-            log.info("the server accepts connections again", extra={"pool": pool})
-        self._backoff.succeeded()
+        if not self._is_doubtful:
+            if self._backoff.failures:
+                log.info("the server accepts connections again", extra={"pool": pool})
+            self._backoff.succeeded()
         self.is_up = True
         self.last_failure = None
         if not self.parameters:

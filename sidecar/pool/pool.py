@@ -261,7 +261,7 @@ class Pool:
         reason = server.close_reason
         self.observer.connection_closed(reason)
         if was is not ConnectionState.CLOSING:
-            self.opener.owed += 1
+            self.opener.lost(server, now, was_leased=was is ConnectionState.ACTIVE)
             if was is ConnectionState.ACTIVE:
                 self.observer.released(now - server.leased_at)
                 cause = health.reason_of(server.last_error)

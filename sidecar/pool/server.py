@@ -196,7 +196,10 @@ class ServerConnection:
         self.transport.resume_reading()
         if not self.mid_message:
             self.write(m.TERMINATE_MESSAGE)
-        self.transport.write_eof()
+        try:
+            self.transport.write_eof()
+        except OSError:  # from asyncio's own loop, where the server has reset the connection
+            self.transport.abort()
 
     def abort(self) -> None:
         """Close the socket without further ado; ``owner.lost`` follows."""
@@ -253,18 +256,23 @@ class ServerConnection:
             await loop.create_connection(factory, target.host, target.port)
         self.write(startup_message(_startup_parameters(target)))
         await self._log_in()
-        self._buffer = b""
+        rest, self._buffer = self._buffer, b""
+        self.unasked_data(rest)
+        if self._closed or self.transport.is_closing():
+            raise ServerUnavailable("the server closed the connection after the login")
 
     async def _log_in(self) -> None:
         scram: ClientExchange | None = None
+        is_authenticated = False
         for _ in range(_MAX_LOGIN_MESSAGES):
             kind, body = await self._next_message()
-            if kind == m.READY_FOR_QUERY:
+            if kind == m.READY_FOR_QUERY and is_authenticated:
                 return
             if kind == m.ERROR_RESPONSE:
                 raise _refusal(body)
             if kind == m.AUTHENTICATION:
                 scram = await self._authenticate(body, scram)
+                is_authenticated = body == _AUTH_OK
             elif kind == m.PARAMETER_STATUS:
                 self.remember_parameter(body)
             elif kind == m.BACKEND_KEY_DATA:
@@ -328,6 +336,7 @@ class ServerConnection:
             self._wake.set_result(None)
 
 
+_AUTH_OK = m.AUTH_OK.to_bytes(4, "big")
 _UNASKED = (m.PARAMETER_STATUS, m.NOTICE_RESPONSE, m.ERROR_RESPONSE, m.NOTIFICATION_RESPONSE)
 
 

@@ -24,6 +24,7 @@ OUR_UNNAMED_PARSE: Final = 6
 OUR_CLOSE: Final = 7
 OUR_UNNAMED_CLOSE: Final = 9  # of an unnamed statement that is not the client's
 SETUP: Final = 8  # our Query that carries over settings
+PARSE_TAKEN: Final = 11  # the client's Parse of a name that is taken: the server must refuse it
 OUR_SYNC: Final = 10  # behind a Flush: the client would keep the connection, but needs it no more
 
 _WITH_UNDO: Final = frozenset({FAKE_PARSE, PARSE_NAMED, CLOSE_NAMED, OUR_PARSE, OUR_CLOSE})

@@ -21,7 +21,7 @@ from sidecar.errors import (
 )
 from sidecar.events import CloseReason, ErrorOrigin, ErrorReason, Phase, PoolMode
 from sidecar.pool.pool import Pool
-from sidecar.pool.server import ServerConnection, clock
+from sidecar.pool.server import MAX_LOGIN_MESSAGE, ServerConnection, clock
 from sidecar.protocol import messages as m
 from sidecar.proxy import expect
 from sidecar.proxy.prepared import PreparedTable
@@ -43,6 +43,15 @@ _NEEDS_SERVER: Final = frozenset(
     {m.QUERY, m.PARSE, m.BIND, m.DESCRIBE, m.EXECUTE, m.CLOSE, m.SYNC, m.FUNCTION_CALL}
 )
 """Without a lease the others have nothing to apply to: Flush, and the rest of a copy that failed."""
+
+
+_SETTING: Final = frozenset(
+    {
+        *(m.COMMAND_COMPLETE, m.NOTICE_RESPONSE, m.NOTIFICATION_RESPONSE),
+        *(m.ROW_DESCRIPTION, m.DATA_ROW),  # of set_config
+    }
+)
+"""What else a server says to our SET."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +86,7 @@ class Relay:
         "__weakref__",
         "_holds_lease",
         "_home",
+        "_is_server_full",
         "_is_setting",
         "_is_unread",
         "_is_write_paused",
@@ -137,6 +147,7 @@ class Relay:
         self.is_leaving = False  # close as soon as there is no lease
         self.is_closed = False
         self._is_write_paused = False
+        self._is_server_full = False  # and the client not read from
         self._is_unread = False  # not read from until it reads: refused without a lease
         self._is_setting = False  # the server's next replies are to our own SET
         self._setup_error: bytes | None = None
@@ -405,17 +416,21 @@ class Relay:
             return
         if self._holds_lease or server.pin is not None:
             return
+        if self._is_server_full:
+            return  # what is left of a copy that has failed: the server still has to take it
         if self._own_time >= 0.0:
             self._pool.observer.overhead(self._own_time)
         self.server = None
         if self._is_write_paused:
             server.transport.resume_reading()
+        is_sound = True
         if self.replies.held:
             server.unasked_data(self.replies.take_held())
-        if server.last_error or server.transport.is_closing():
-            self._pool.discard(server, server.close_reason, now)
-        else:
+            is_sound = not (server.last_error or server.transport.is_closing())
+        if is_sound:
             self._pool.release(server, now)
+        else:
+            self._pool.discard(server, server.close_reason, now)
         if self.requests.awaits_sync:
             self._go_on()
 
@@ -446,10 +461,19 @@ class Relay:
             self._pool.discard(server, reason, now)
 
     def server_writable(self, is_writable: bool) -> None:
-        if is_writable:
-            self.transport.resume_reading()
-        else:
+        self._is_server_full = not is_writable
+        if not is_writable:
             self.transport.pause_reading()
+            return
+        self.transport.resume_reading()
+        server = self.server
+        if (
+            server is not None
+            and self.replies.is_at_rest
+            and server.tx_status == m.IDLE
+            and not self.requests.passing
+        ):
+            self._end_lease(server, clock())
 
     def server_lost(self) -> None:
         server = self.server
@@ -474,9 +498,13 @@ class Relay:
         log.error("server broke the protocol", extra={"pool": self._pool.name, "cause": str(exc)})
         self._pool.observer.connection_failed(Phase.QUERY, ErrorReason.PROTOCOL)
         self.server = None
+        is_in_message = self.replies.incoming > 0
         self.replies.abandon(server, now)
         self._pool.discard(server, reason, now)
-        self._fail(exc)
+        if is_in_message:
+            self.close()
+        else:
+            self._fail(exc)
 
     # -- settings ------------------------------------------------------------------------------
 
@@ -487,6 +515,8 @@ class Relay:
         while len(data) - pos >= 5:
             kind, length = m.HEADER.unpack_from(data, pos)
             end = pos + 1 + length
+            if not 4 <= length <= MAX_LOGIN_MESSAGE:
+                raise ServerProtocolError(f"reply of {length} bytes to our SET")
             if end > len(data):
                 break
             body = data[pos + 5 : end]
@@ -497,10 +527,12 @@ class Relay:
                 self._setup_error = body
             elif kind == m.READY_FOR_QUERY:
                 self._is_setting = False
-                if server.expected.popleft() != expect.SETUP:
+                if server.expected.popleft() != expect.SETUP or body != b"I":
                     raise ServerProtocolError("ReadyForQuery from the server answers no request")
                 self._settings_done(server)
                 return data[pos:]
+            elif kind not in _SETTING:
+                raise ServerProtocolError(f"unexpected message type {kind} in reply to our SET")
         self.replies.hold(data[pos:])
         return b""
 

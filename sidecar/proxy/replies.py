@@ -32,8 +32,17 @@ _UNSETTLING: Final = frozenset(
 )
 """Messages that settle nothing in the ledger (RowDescription does when it answers Describe)."""
 
+_KNOWN: Final = _UNSETTLING | {
+    *(m.COMMAND_COMPLETE, m.READY_FOR_QUERY, m.NO_DATA, m.PARSE_COMPLETE, m.BIND_COMPLETE),
+    *(m.CLOSE_COMPLETE, m.ERROR_RESPONSE, m.EMPTY_QUERY_RESPONSE, m.PORTAL_SUSPENDED),
+    m.COPY_IN_RESPONSE,
+}
+
 RESET: Final = b""
 """Among the values that the relay notes: settings have been reset. No ParameterStatus is empty."""
+
+_LONGEST: Final = 0x40000000
+"""Bytes; PostgreSQL's MaxAllocSize: no message of its is as long."""
 
 _unpack: Final = m.HEADER.unpack_from
 
@@ -97,10 +106,12 @@ class Replies:
                 self.incoming -= size
                 return data
             pos = self.incoming
-            self.incoming = 0
         self._start = 0
         pos = self._inspect(server, data, pos, size, now)
+        self.incoming = 0  # only now: if that raised, the client has half a message
         if pos > size:
+            if pos - size >= _LONGEST:
+                raise ServerProtocolError("invalid message length from the server")
             self.incoming = pos - size
         elif pos < size:
             self.held = data[pos:]
@@ -134,8 +145,13 @@ class Replies:
             if kind == m.DATA_ROW:
                 pos = end
                 continue
-            if end > size and kind not in _STREAMED and size - pos < _HELD:
-                break
+            if end > size:
+                if length >= _LONGEST or kind not in _KNOWN:
+                    raise ServerProtocolError(
+                        f"invalid message from the server: type {kind} of {length} bytes"
+                    )
+                if kind not in _STREAMED and size - pos < _HELD:
+                    break
             if kind == m.COMMAND_COMPLETE:
                 self._complete(server, data, pos + 5, now)
             elif kind == m.READY_FOR_QUERY:
@@ -287,6 +303,7 @@ class Replies:
             raise ServerProtocolError("ReadyForQuery from the server answers no request")
         server.tx_status = status
         server.status_since = now
+        server.copy_in = False  # whatever became of it: the next one has its own CopyInResponse
         if status == m.IDLE:
             if server.tx_started != 0.0:
                 committed = not (server.cycle_failed or self._has_rolled_back)
@@ -311,10 +328,13 @@ class Replies:
             self.said_fatal = True
         expected = server.expected
         if expected and expected[0] not in (m.QUERY, m.SYNC, m.FUNCTION_CALL):
-            has_parse = m.PARSE in expected or expect.OUR_UNNAMED_PARSE in expected
+            has_parse, has_ours = m.PARSE in expected, expect.OUR_UNNAMED_PARSE in expected
             dropped = expect.skip_to_sync(server)
-            if has_parse and m.PARSE not in expected:
-                self._requests.forget_unnamed()  # the server did, or never had it
+            if m.PARSE not in expected and expect.OUR_UNNAMED_PARSE not in expected:
+                if has_parse:
+                    self._requests.forget_unnamed()  # the server did, or never had it
+                elif has_ours:
+                    self._requests.miss_unnamed()
             if dropped:
                 # The first of them failed, or could not begin; the others never ran.
                 self._query_done(server, now)

@@ -128,6 +128,10 @@ class Requests:
         """The client said DEALLOCATE ALL or DISCARD ALL."""
         self._statements.clear()
 
+    def miss_unnamed(self) -> None:
+        """Our Parse of it, on this connection, was skipped."""
+        self._has_unnamed = False
+
     def forget_unnamed(self) -> None:
         """The unnamed statement is gone, or was never made."""
         self._unnamed = None
@@ -280,7 +284,7 @@ class Requests:
             # The server must refuse this as on a direct connection (42P05): have it try.
             self._ensure(server, before, data, pos)
             self._replace(data, pos, end, b"P" + _resized(before.name, data[name_end:end]))
-            server.expected.append(m.PARSE)
+            server.expected.append(expect.PARSE_TAKEN)
             return
         self._statements[name] = statement
         if prepared.touch(server, statement):
