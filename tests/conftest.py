@@ -2,7 +2,7 @@
 
 What they logged during a failed test is in the report. ``PGSIDECAR_TEST_POSTGRES`` chooses the version
 of PostgreSQL, 16 (default) or 18. Without the binaries the tests that need them fail: nothing is
-skipped. Tests run on uvloop, as the sidecar does.
+skipped. Tests run on uvloop, as the sidecar does where there is one.
 """
 
 import asyncio
@@ -34,13 +34,19 @@ _servers: list[EmbeddedPostgres] = []
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "both_loops: run on uvloop and on asyncio's own loop, too")
     if os.environ.get(_VARIABLE, "16") not in _VERSIONS:
         raise pytest.UsageError(f"{_VARIABLE} must be one of {', '.join(_VERSIONS)}")
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
-    return {"uvloop": uvloop.new_event_loop}
+def pytest_asyncio_loop_factories(
+    item: pytest.Item,
+) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    loops: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"uvloop": uvloop.new_event_loop}
+    if item.get_closest_marker("both_loops") is not None:
+        loops["asyncio"] = asyncio.new_event_loop
+    return loops
 
 
 @pytest.fixture(scope="session")

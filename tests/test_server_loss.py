@@ -218,6 +218,7 @@ async def test_crash_and_restart_under_load(
     assert failed(metrics, "connect", "refused") > 0
 
 
+@pytest.mark.both_loops
 async def test_fast_shutdown_and_restart_under_load(
     own_postgres: MakePostgres, make_service: MakeService
 ) -> None:
@@ -525,6 +526,7 @@ class AsyncpgClerk(Clerk, AsyncpgWorker):
         self.acknowledged.add(number)
 
 
+@pytest.mark.both_loops
 async def test_no_acknowledged_row_is_lost_or_doubled(
     own_postgres: MakePostgres, make_service: MakeService
 ) -> None:

@@ -21,13 +21,14 @@ from sidecar.errors import (
 )
 from sidecar.events import CloseReason, ErrorOrigin, ErrorReason, Phase, PoolMode
 from sidecar.pool.pool import Pool
-from sidecar.pool.server import MAX_LOGIN_MESSAGE, ServerConnection, clock
+from sidecar.pool.server import ServerConnection, clock
 from sidecar.protocol import messages as m
 from sidecar.proxy import expect
+from sidecar.proxy.carrier import Carrier
 from sidecar.proxy.prepared import PreparedTable
-from sidecar.proxy.replies import RESET, Replies, status_of
+from sidecar.proxy.replies import Replies
 from sidecar.proxy.requests import INSPECTED, Requests, TextCache, check_header
-from sidecar.proxy.settings import READ_ONLY, Settings, SettingsTable, change
+from sidecar.proxy.settings import Settings, SettingsTable
 
 log = logging.getLogger("pgsidecar.proxy")
 
@@ -43,15 +44,6 @@ _NEEDS_SERVER: Final = frozenset(
     {m.QUERY, m.PARSE, m.BIND, m.DESCRIBE, m.EXECUTE, m.CLOSE, m.SYNC, m.FUNCTION_CALL}
 )
 """Without a lease the others have nothing to apply to: Flush, and the rest of a copy that failed."""
-
-
-_SETTING: Final = frozenset(
-    {
-        *(m.COMMAND_COMPLETE, m.NOTICE_RESPONSE, m.NOTIFICATION_RESPONSE),
-        *(m.ROW_DESCRIPTION, m.DATA_ROW),  # of set_config
-    }
-)
-"""What else a server says to our SET."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,23 +69,20 @@ class PoolTables:
         self.settings: Final = SettingsTable()
         self.statements: Final = PreparedTable()
         self.texts: Final = TextCache()
-        self.as_connected: Final[Settings] = self.settings.intern({})
         self.leases = 0
 
 
 class Relay:
     __slots__ = (
         "__weakref__",
+        "_carrier",
         "_holds_lease",
-        "_home",
         "_is_server_full",
-        "_is_setting",
         "_is_unread",
         "_is_write_paused",
         "_own_time",
         "_pool",
         "_registry",
-        "_setup_error",
         "_setup_rest",
         "_skip_bytes",
         "_skip_to_sync",
@@ -108,7 +97,6 @@ class Relay:
         "requests",
         "secret",
         "server",
-        "settings",
         "transport",
         "waiting_since",
     )
@@ -121,8 +109,7 @@ class Relay:
         self._pool: Final = pool
         self._registry: Final = registry
         self.client: Final = client
-        self.settings = settings
-        self._home: Final = settings  # what the client brought along, and returns to with RESET
+        self._carrier: Final = Carrier(tables.settings, settings, pool.opener.parameters)
         self.transport: Any = None  # asyncio.Transport
         self.server: ServerConnection | None = None
         self.requests: Final = Requests(
@@ -149,9 +136,7 @@ class Relay:
         self._is_write_paused = False
         self._is_server_full = False  # and the client not read from
         self._is_unread = False  # not read from until it reads: refused without a lease
-        self._is_setting = False  # the server's next replies are to our own SET
-        self._setup_error: bytes | None = None
-        self._setup_rest = b""
+        self._setup_rest = b""  # held back until its settings are accepted
         self._skip_bytes = 0
         self._skip_to_sync = False
         self._own_time = -1.0  # seconds spent in this lease; negative: not sampled
@@ -177,8 +162,8 @@ class Relay:
                 self._hold_back(data)
             else:
                 self._begin(data)
-        elif self._is_setting and self._setup_rest:
-            self._setup_rest += data  # the settings may be refused: see _set_up
+        elif self._setup_rest:
+            self._setup_rest += data
             if len(self._setup_rest) > HELD_BACK:
                 self.transport.pause_reading()
         elif requests.awaits_sync:
@@ -327,7 +312,7 @@ class Relay:
         self._own_time = -1.0 if tables.leases % _SAMPLED else 0.0
         if self._is_write_paused:
             server.transport.pause_reading()
-        if server.settings is not self.settings and not self._set_up(server, data):
+        if server.settings is not self._carrier.settings and not self._set_up(server, data):
             return
         self._forward(server, data, now)
 
@@ -337,31 +322,18 @@ class Relay:
         Settings that a server has accepted before travel together with the client's first
         message and cost no round trip of their own.
         """
-        before = server.settings or self._tables.as_connected
-        sql = change(before.values, self.settings.values)
-        if not sql:
-            server.settings = self.settings
-            return True
-        self._send_settings(server, sql)
-        if self.settings.is_proven:
+        carrier = self._carrier
+        carrier.set_up(server)
+        if not carrier.is_setting or carrier.settings.is_proven:
             return True
         self._setup_rest = data
         self.replies.is_at_rest = False  # the reply to our SET is owed, should the client leave now
         return False
 
     def _set_back(self, server: ServerConnection, data: bytes) -> None:
-        """The client's RESET took what it had brought along, and it keeps the connection."""
-        sql = change({}, server.lacks)
-        server.lacks = {}
         self.requests.begin_lease()  # our Query takes the unnamed statement away
-        self._send_settings(server, sql)
+        self._carrier.set_back(server)
         self._forward(server, data, clock())
-
-    def _send_settings(self, server: ServerConnection, sql: bytes) -> None:
-        server.expected.append(expect.SETUP)
-        server.write(m.query(sql))
-        self._is_setting = True
-        self._setup_error = None
 
     def _forward(self, server: ServerConnection, data: bytes, now: float) -> None:
         requests, replies = self.requests, self.replies
@@ -391,9 +363,9 @@ class Relay:
         now = clock()
         replies = self.replies
         try:
-            if self._is_setting:
+            if self._carrier.is_setting:
                 data = self._settings_reply(server, data)
-                if self.server is not server or self._is_setting:
+                if self.server is not server or self._carrier.is_setting:
                     return
             if data:
                 data = replies.forward(server, data, now)
@@ -403,7 +375,7 @@ class Relay:
         if data:
             self._write(data)
         if replies.values:
-            self._note_values(server)
+            self._note_values(server, replies)
         if self._own_time >= 0.0:
             self._own_time += clock() - now
         if replies.is_at_rest and server.tx_status == m.IDLE and not self.requests.passing:
@@ -510,93 +482,43 @@ class Relay:
 
     def _settings_reply(self, server: ServerConnection, data: bytes) -> bytes:
         """Take the replies to our own SET. Returns what follows them."""
+        carrier = self._carrier
         data = self.replies.take_held() + data
-        pos = 0
-        while len(data) - pos >= 5:
-            kind, length = m.HEADER.unpack_from(data, pos)
-            end = pos + 1 + length
-            if not 4 <= length <= MAX_LOGIN_MESSAGE:
-                raise ServerProtocolError(f"reply of {length} bytes to our SET")
-            if end > len(data):
-                break
-            body = data[pos + 5 : end]
-            pos = end
-            if kind == m.PARAMETER_STATUS:
-                self._tell_value(server, status_of(body))
-            elif kind == m.ERROR_RESPONSE:
-                self._setup_error = body
-            elif kind == m.READY_FOR_QUERY:
-                self._is_setting = False
-                if server.expected.popleft() != expect.SETUP or body != b"I":
-                    raise ServerProtocolError("ReadyForQuery from the server answers no request")
-                self._settings_done(server)
-                return data[pos:]
-            elif kind not in _SETTING:
-                raise ServerProtocolError(f"unexpected message type {kind} in reply to our SET")
-        self.replies.hold(data[pos:])
-        return b""
+        pos = carrier.take_reply(server, data)
+        news = carrier.take_news()
+        if news:
+            self._write(news)
+        if carrier.is_setting:
+            self.replies.hold(data[pos:])
+        else:
+            self._settings_done(server, carrier.error)
+        return data[pos:]
 
-    def _settings_done(self, server: ServerConnection) -> None:
+    def _settings_done(self, server: ServerConnection, error: bytes | None) -> None:
         now = clock()
         rest, self._setup_rest = self._setup_rest, b""
         if len(rest) > HELD_BACK:
             self.transport.resume_reading()
         if rest:
             self.replies.is_at_rest = True  # nothing of the client's has been sent
-        if self._setup_error is not None:
-            # All SETs were one transaction: the connection is as it was.
-            fields = m.error_fields(self._setup_error)
+        if error is not None:
             self._leave(server, CloseReason.SETTINGS_FAILED, now)
-            text = fields.get("M", "a startup parameter was refused")
-            self._fail(SidecarError(text, sqlstate=m.sqlstate_of(self._setup_error)))
-            return
-        server.settings = self.settings
-        self.settings.is_proven = True
-        if rest:
+            text = m.error_fields(error).get("M", "a startup parameter was refused")
+            self._fail(SidecarError(text, sqlstate=m.sqlstate_of(error)))
+        elif rest:
             self._forward(server, rest, now)
         elif server.expected and server.expected[0] <= expect.AUTOMATIC:
             self._write(self.replies.answer_ourselves(server))
 
-    def _tell_value(self, server: ServerConnection, body: bytes) -> None:
-        """The client learns how the server spells the values it asked for at login."""
-        name, value = m.name_and_value(body)
-        server.parameters[name] = value
-        key = name.lower()
-        told = self.settings.values.get(key, self._pool.opener.parameters.get(name))
-        if told != value:
-            self._write(m.message(m.PARAMETER_STATUS, body))
-
-    def _note_values(self, server: ServerConnection) -> None:
-        """The client has set a reported setting: it goes with the client from now on."""
-        settings = self.settings
-        for body in self.replies.values:
-            if body == RESET:
-                settings = self._reset(server, settings)
-                continue
-            server.remember_parameter(body)
-            name, value = m.name_and_value(body)
-            key = name.lower()
-            if name in READ_ONLY or name not in server.parameters:
-                continue
-            if key in server.lacks:
-                if value == self._pool.opener.parameters.get(name):  # reset, and to be set back
-                    self._write(m.parameter_status(name, server.lacks[key]))
-                    continue
-                server.lacks = {k: v for k, v in server.lacks.items() if k != key}
-            settings = self._tables.settings.with_value(settings, key, value)
-        self.replies.values.clear()
-        settings.is_proven = True
-        self.settings = server.settings = settings
-        self.requests.dialect = settings.dialect
-
-    def _reset(self, server: ServerConnection, settings: Settings) -> Settings:
-        """After RESET the client's settings are those it brought along, as on a connection of its
-        own. The server's are not: it ``lacks`` them now."""
-        name, self.requests.resets = self.requests.resets, b""
-        home = self._home.values
-        taken = home if name == b"all" else {name: home[name]} if name in home else {}
-        server.lacks = {**server.lacks, **taken}
-        return self._tables.settings.intern({**settings.values, **taken})
+    def _note_values(self, server: ServerConnection, replies: Replies) -> None:
+        carrier, requests = self._carrier, self.requests
+        carrier.note_values(server, replies.values, requests.resets)
+        requests.resets = b""
+        replies.values.clear()
+        requests.dialect = carrier.settings.dialect
+        news = carrier.take_news()
+        if news:
+            self._write(news)
 
     # -- the end -------------------------------------------------------------------------------
 
@@ -608,7 +530,7 @@ class Relay:
         if self.is_waiting:
             self._pool.abandon(self, clock())
             self.refused(SidecarError("canceling statement due to user request", sqlstate="57014"))
-        elif self.server is not None and self.server.expected and not self._is_setting:
+        elif self.server is not None and self.server.expected and not self._carrier.is_setting:
             return self._pool.cancel(self.server)
         return None
 
@@ -662,7 +584,9 @@ class Relay:
 
     def describe(self, now: float) -> str:
         server = self.server
-        application = self.settings.values.get(b"application_name", b"").decode("utf-8", "replace")
+        application = self._carrier.settings.values.get(b"application_name", b"").decode(
+            "utf-8", "replace"
+        )
         who = f'application "{application}"' if application else "a client without application_name"
         who += f', user "{self.client.user}", {self.client.address}'
         if server is None:

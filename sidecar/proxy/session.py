@@ -17,7 +17,7 @@ from sidecar.protocol import messages as m
 from sidecar.protocol import startup
 from sidecar.protocol.authentication import MECHANISM, ScramVerifier, ServerExchange
 from sidecar.proxy.relay import Client, PoolTables, Registry, Relay
-from sidecar.proxy.settings import from_startup
+from sidecar.proxy.settings import Settings, from_startup
 
 log = logging.getLogger("pgsidecar.proxy")
 
@@ -173,7 +173,7 @@ class Session:
         settings = tables.settings.intern(from_startup(packet, tables.pool.opener.parameters))
         relay = Relay(tables, self._host, Client(user, database, self._address), settings)
         self._host.register(relay)
-        self._hand_over(relay, tables)
+        self._hand_over(relay, tables, settings)
         return ClientOutcome.ACCEPTED
 
     def _find_pool(self, database: str) -> tuple[PoolConfig | None, SidecarError | None]:
@@ -199,8 +199,8 @@ class Session:
         if packet.minor > startup.NEWEST_MINOR or packet.unknown_options:
             self._write(m.negotiate_protocol_version(startup.NEWEST_MINOR, packet.unknown_options))
 
-    def _hand_over(self, relay: Relay, tables: PoolTables) -> None:
-        values = relay.settings.values
+    def _hand_over(self, relay: Relay, tables: PoolTables, settings: Settings) -> None:
+        values = settings.values
         told = [
             m.parameter_status(name, values.get(name.lower(), value))
             for name, value in tables.pool.opener.parameters.items()

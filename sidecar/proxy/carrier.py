@@ -1,0 +1,143 @@
+"""Brings a client's settings along to whichever server connection it gets.
+
+Owns what one client's settings are now, and our own SET while its outcome is open. The SQL is made
+in ``settings``; the ``relay`` decides when to send it and what a refusal means.
+"""
+
+from collections.abc import Mapping
+from typing import Final
+
+from sidecar.errors import ServerProtocolError
+from sidecar.pool.server import MAX_LOGIN_MESSAGE, ServerConnection
+from sidecar.protocol import messages as m
+from sidecar.proxy import expect
+from sidecar.proxy.replies import RESET, status_of
+from sidecar.proxy.settings import READ_ONLY, Settings, SettingsTable, change
+
+_SET_REPLIES: Final = frozenset(
+    {
+        *(m.COMMAND_COMPLETE, m.NOTICE_RESPONSE, m.NOTIFICATION_RESPONSE),
+        *(m.ROW_DESCRIPTION, m.DATA_ROW),  # of set_config
+    }
+)
+"""What a server may say to our SET, besides ParameterStatus, ErrorResponse and ReadyForQuery."""
+
+
+class Carrier:
+    """The settings of one client."""
+
+    __slots__ = ("_defaults", "_home", "_news", "_table", "error", "is_setting", "settings")
+
+    def __init__(
+        self, table: SettingsTable, settings: Settings, defaults: Mapping[bytes, bytes]
+    ) -> None:
+        """``settings``: of the startup packet. ``defaults``: the server's ParameterStatus."""
+        self._table: Final = table
+        self._home: Final = settings  # what RESET returns to
+        self._defaults: Final = defaults
+        self._news: list[bytes] = []
+        self.settings = settings
+        self.is_setting = False  # the server's next replies are to our own SET
+        self.error: bytes | None = None  # the body of its ErrorResponse
+
+    def set_up(self, server: ServerConnection) -> None:
+        """Send what makes this connection this client's, if it is not: then ``is_setting``."""
+        before = {} if server.settings is None else server.settings.values
+        sql = change(before, self.settings.values)
+        if sql:
+            self._send(server, sql)
+        else:
+            server.settings = self.settings
+
+    def set_back(self, server: ServerConnection) -> None:
+        """The client's RESET took what it had brought along, and it keeps the connection."""
+        sql = change({}, server.lacks)
+        server.lacks = {}
+        self._send(server, sql)
+
+    def _send(self, server: ServerConnection, sql: bytes) -> None:
+        server.expected.append(expect.SETUP)
+        server.write(m.query(sql))
+        self.is_setting = True
+        self.error = None
+
+    def take_reply(self, server: ServerConnection, data: bytes) -> int:
+        """Read the replies to our SET; ``is_setting`` ends with them.
+
+        Returns the position behind what was read. Raises ServerProtocolError.
+        """
+        pos = 0
+        while len(data) - pos >= 5:
+            kind, length = m.HEADER.unpack_from(data, pos)
+            end = pos + 1 + length
+            if not 4 <= length <= MAX_LOGIN_MESSAGE:
+                raise ServerProtocolError(f"reply of {length} bytes to our SET")
+            if end > len(data):
+                break
+            body = data[pos + 5 : end]
+            pos = end
+            if kind == m.PARAMETER_STATUS:
+                self._note_spelling(server, status_of(body))
+            elif kind == m.ERROR_RESPONSE:
+                self.error = body
+            elif kind == m.READY_FOR_QUERY:
+                if server.expected.popleft() != expect.SETUP or body != b"I":
+                    raise ServerProtocolError("ReadyForQuery from the server answers no request")
+                self._finish(server)
+                break
+            elif kind not in _SET_REPLIES:
+                raise ServerProtocolError(f"unexpected message type {kind} in reply to our SET")
+        return pos
+
+    def _finish(self, server: ServerConnection) -> None:
+        self.is_setting = False
+        if self.error is None:
+            server.settings = self.settings
+            self.settings.is_proven = True
+        # else all SETs were one transaction: the connection is as it was
+
+    def _note_spelling(self, server: ServerConnection, body: bytes) -> None:
+        """The client learns how the server spells the values it asked for at login."""
+        name, value = m.name_and_value(body)
+        server.parameters[name] = value
+        told = self.settings.values.get(name.lower(), self._defaults.get(name))
+        if told != value:
+            self._news.append(m.message(m.PARAMETER_STATUS, body))
+
+    def note_values(self, server: ServerConnection, values: list[bytes], reset: bytes) -> None:
+        """The client has set reported settings: they go with it from now on.
+
+        ``values``: bodies of ParameterStatus, or RESET where the client's RESET came; ``reset``: of
+        which setting, or ``all``.
+        """
+        settings = self.settings
+        for body in values:
+            if body == RESET:
+                settings = self._reset(server, settings, reset)
+                continue
+            server.remember_parameter(body)
+            name, value = m.name_and_value(body)
+            key = name.lower()
+            if name in READ_ONLY or name not in server.parameters:
+                continue
+            if key in server.lacks:
+                if value == self._defaults.get(name):  # reset, and to be set back
+                    self._news.append(m.parameter_status(name, server.lacks[key]))
+                    continue
+                server.lacks = {k: v for k, v in server.lacks.items() if k != key}
+            settings = self._table.with_value(settings, key, value)
+        settings.is_proven = True
+        self.settings = server.settings = settings
+
+    def _reset(self, server: ServerConnection, settings: Settings, name: bytes) -> Settings:
+        """After RESET the client's settings are those it brought along, as on a connection of its
+        own. The server's are not: it ``lacks`` them now."""
+        home = self._home.values
+        taken = home if name == b"all" else {name: home[name]} if name in home else {}
+        server.lacks = {**server.lacks, **taken}
+        return self._table.intern({**settings.values, **taken})
+
+    def take_news(self) -> bytes:
+        """What the client has to be told of its settings."""
+        news, self._news = b"".join(self._news), []
+        return news
