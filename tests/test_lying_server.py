@@ -543,7 +543,7 @@ REPLIES: dict[str, Act] = {
     "a long ParameterStatus": says(m.parameter_status(b"a", b"x" * 300_000), ROWS, READY),
 }
 
-CUT_OFF = {"the end amid a row", "the end amid a tag", "noise amid a row"}
+CUT_OFF = {"the end amid a row", "the end amid a tag", "noise amid a row", "a long tag"}
 """The client has the beginning of a message: nothing can be said any more."""
 
 
