@@ -26,13 +26,18 @@ REPORTED_SETTINGS: Final = frozenset(
 are carried over by ``proxy.settings`` and need no pin."""
 
 
+NONE: Final[frozenset[bytes]] = frozenset()
+
+
 class Query:
-    """One text: its operation, why it pins a server connection, and the setting that it resets
-    (``all``: every one; empty: none)."""
+    """One text: its operation, why it pins a server connection, and the settings that it resets
+    (``all``: every one)."""
 
     __slots__ = ("operation", "pin", "resets")
 
-    def __init__(self, operation: int, pin: PinReason | None, resets: bytes = b"") -> None:
+    def __init__(
+        self, operation: int, pin: PinReason | None, resets: frozenset[bytes] = NONE
+    ) -> None:
         self.operation: Final[int] = operation
         self.pin: Final = pin
         self.resets: Final = resets
@@ -142,15 +147,15 @@ def classify(text: bytes) -> Query:
     if operation == _TRANSACTION and is_single:
         return _PLAIN[operation]
     # Too long to look at closely without stalling everybody: take the worst for granted.
-    pin, resets = session_effect(low) if len(low) <= _LOOKED_AT else (PinReason.SET, b"")
+    pin, resets = session_effect(low) if len(low) <= _LOOKED_AT else (PinReason.SET, NONE)
     return Query(int(operation), pin, resets) if pin or resets else _PLAIN[operation]
 
 
-def session_effect(low: bytes) -> tuple[PinReason | None, bytes]:
+def session_effect(low: bytes) -> tuple[PinReason | None, frozenset[bytes]]:
     """Of statements in lower case: why they leave session state behind (None: they do not), and
-    which setting they reset."""
+    which settings they reset."""
     pin: PinReason | None = None
-    resets = b""
+    resets: frozenset[bytes] = NONE
     bare = _TOKENS.sub(_without_text, low)
     statements = bare.split(b";")
     if any(statement.lstrip().startswith(b"do") for statement in statements):
@@ -162,7 +167,7 @@ def session_effect(low: bytes) -> tuple[PinReason | None, bytes]:
         pin = pin or _effect_of(words)
         reset = _reset_name(words)
         if reset is not None:
-            resets = b"timezone" if reset[1] == b"time" else reset[1]
+            resets |= {b"timezone" if reset[1] == b"time" else reset[1]}
     return pin, resets
 
 

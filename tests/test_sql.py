@@ -240,22 +240,24 @@ def test_spelling_changes_nothing(known, rng: random.Random):
 
 
 @pytest.mark.parametrize(
-    ("text", "name"),
+    ("text", "names"),
     [
-        ("reset all", b"all"),
-        ("RESET\nALL;", b"all"),
-        ("select pg_advisory_unlock_all();\nclose all;\nunlisten *;\nreset all;", b"all"),
-        ("reset search_path", b"search_path"),
-        ('reset "TimeZone"', b"timezone"),
-        ("reset time zone", b"timezone"),
-        ("/* c */ reset all", b"all"),
-        ("select 'reset all'", b""),
-        ("resettle", b""),
-        ("select reset from t", b""),
+        ("reset all", {b"all"}),
+        ("RESET\nALL;", {b"all"}),
+        ("select pg_advisory_unlock_all();\nclose all;\nunlisten *;\nreset all;", {b"all"}),
+        ("reset search_path", {b"search_path"}),
+        ("reset search_path; select 1; reset work_mem", {b"search_path", b"work_mem"}),
+        ("set work_mem = 1; reset search_path", {b"search_path"}),
+        ('reset "TimeZone"', {b"timezone"}),
+        ("reset time zone", {b"timezone"}),
+        ("/* c */ reset all", {b"all"}),
+        ("select 'reset all'", set()),
+        ("resettle", set()),
+        ("select reset from t", set()),
     ],
 )
-def test_what_is_reset_is_told(text, name):
-    assert classify(text.encode()).resets == name
+def test_what_is_reset_is_told(text, names):
+    assert classify(text.encode()).resets == names
 
 
 PIECES = [

@@ -14,6 +14,8 @@ from typing import Any
 import asyncpg
 import psycopg
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sidecar.demo.postgres import EmbeddedPostgres
 from sidecar.protocol import messages as m
@@ -642,3 +644,37 @@ async def test_asyncpg_finds_the_same(database, sidecar, cached):
     direct, pooled = answers
     assert pooled == direct
     await asyncio.to_thread(sidecar.until_whole)
+
+
+# -- at random ---------------------------------------------------------------------------------
+
+
+def test_conversations_all_at_once_are_the_same(database, sidecar):
+    """Nobody waits for an answer: several conversations in one go, cut anywhere."""
+
+    @settings(max_examples=40, deadline=None)
+    @given(
+        st.lists(st.sampled_from(sorted(SMALL)), min_size=1, max_size=6),
+        st.lists(st.integers(1, 400), max_size=8),
+    )
+    def check(names: list[str], sizes: list[int]) -> None:
+        steps = [step for name in names for step in CONVERSATIONS[name]]
+        data = b"".join(step if isinstance(step, bytes) else step[0] for step in steps)
+        ends = [1 if isinstance(step, bytes) else step[1] for step in steps]
+        cycles = sum(end for end in ends if isinstance(end, int))
+        address = (database.host, database.port)
+        with Client.login(address, database.user, database.database) as direct:
+            direct.send(data)
+            expected = direct.until_ready(cycles)
+        with sidecar.login() as client:
+            client.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for size in sizes:
+                client.send(data[:size])
+                data = data[size:]
+            client.send(data)
+            answer = client.until_ready(cycles)
+            assert answer == expected, f"{kinds(answer)}, not {kinds(expected)}"
+            assert client.value("select 'still here'") == "still here"
+
+    check()
+    sidecar.until_whole()

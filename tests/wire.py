@@ -139,6 +139,7 @@ class Client:
         self.secret = b""
         self._address = address
         self._buffer = b""
+        self._at = 0  # what has been taken of it
 
     @classmethod
     def login(
@@ -230,13 +231,18 @@ class Client:
         self.socket.close()
 
     def _take(self, size: int) -> bytes:
-        while len(self._buffer) < size:
-            data = self.socket.recv(max(65536, size - len(self._buffer)))
-            if not data:
-                raise EOFError
-            self._buffer += data
-        data, self._buffer = self._buffer[:size], self._buffer[size:]
-        return data
+        if len(self._buffer) - self._at < size:
+            pieces = [self._buffer[self._at :]]
+            missing = size - len(pieces[0])
+            while missing > 0:
+                data = self.socket.recv(max(65536, missing))
+                if not data:
+                    raise EOFError
+                pieces.append(data)
+                missing -= len(data)
+            self._buffer, self._at = b"".join(pieces), 0
+        self._at += size
+        return self._buffer[self._at - size : self._at]
 
 
 def kinds(messages: Iterable[Message]) -> str:

@@ -324,6 +324,9 @@ class Pool:
         for server in list(self.state.by_state[ConnectionState.CLOSING]):
             if now >= server.deadline:
                 server.abort()
+            elif server.expected and not server.cancels:
+                # The one before came too early, or there was another query behind the one it hit.
+                self.cancel(server)
         for server in list(self.state.by_state[ConnectionState.CHECKING]):
             if server.receiver is not None and now >= server.deadline:
                 self._check_timed_out(server, now)

@@ -26,17 +26,29 @@ _SET_REPLIES: Final = frozenset(
 class Carrier:
     """The settings of one client."""
 
-    __slots__ = ("_defaults", "_home", "_news", "_table", "error", "is_setting", "settings")
+    __slots__ = (
+        "_brought",
+        "_defaults",
+        "_home",
+        "_is_spelled",
+        "_news",
+        "_table",
+        "error",
+        "is_setting",
+        "settings",
+    )
 
     def __init__(
         self, table: SettingsTable, settings: Settings, defaults: Mapping[bytes, bytes]
     ) -> None:
         """``settings``: of the startup packet. ``defaults``: the server's ParameterStatus."""
         self._table: Final = table
-        self._home: Final = settings  # what RESET returns to
+        self._brought: Final = settings  # kept: others who bring the same learn its spelling
+        self._home = settings.canonical or settings  # what RESET returns to
+        self._is_spelled = settings.canonical is not None  # as the server does
         self._defaults: Final = defaults
         self._news: list[bytes] = []
-        self.settings = settings
+        self.settings = self._home
         self.is_setting = False  # the server's next replies are to our own SET
         self.error: bytes | None = None  # the body of its ErrorResponse
 
@@ -91,29 +103,48 @@ class Carrier:
 
     def _finish(self, server: ServerConnection) -> None:
         self.is_setting = False
-        if self.error is None:
-            server.settings = self.settings
-            self.settings.is_proven = True
-        # else all SETs were one transaction: the connection is as it was
+        if self.error is not None:
+            return  # all SETs were one transaction: the connection is as it was
+        if not self._is_spelled and self.settings is self._home:
+            self._learn_spelling(server)
+        server.settings = self.settings
+        self.settings.is_proven = True
+
+    def _learn_spelling(self, server: ServerConnection) -> None:
+        """At its login the client was told what it had asked for; now it learns, as on a connection
+        of its own, how the server spells it: ``iso`` is ``ISO, MDY``."""
+        values = dict(self._brought.values)
+        for name, value in server.parameters.items():
+            key = name.lower()
+            if values.get(key, value) != value:
+                values[key] = value
+                self._news.append(m.parameter_status(name, value))
+        self._is_spelled = True
+        self._home = self.settings = self._table.intern(values)
+        if self._home is not self._brought:
+            self._brought.canonical = self._home
+            self._brought.is_proven = True
 
     def _note_spelling(self, server: ServerConnection, body: bytes) -> None:
         """The client learns how the server spells the values it asked for at login."""
+        server.remember_parameter(body)
         name, value = m.name_and_value(body)
-        server.parameters[name] = value
         told = self.settings.values.get(name.lower(), self._defaults.get(name))
-        if told != value:
+        if told != value and self._is_spelled:
             self._news.append(m.message(m.PARAMETER_STATUS, body))
 
-    def note_values(self, server: ServerConnection, values: list[bytes], reset: bytes) -> None:
+    def note_values(
+        self, server: ServerConnection, values: list[bytes], resets: frozenset[bytes]
+    ) -> None:
         """The client has set reported settings: they go with it from now on.
 
-        ``values``: bodies of ParameterStatus, or RESET where the client's RESET came; ``reset``: of
-        which setting, or ``all``.
+        ``values``: bodies of ParameterStatus, or RESET where the client's RESET came; ``resets``: of
+        which settings, or ``all``.
         """
         settings = self.settings
         for body in values:
             if body == RESET:
-                settings = self._reset(server, settings, reset)
+                settings = self._reset(server, settings, resets)
                 continue
             server.remember_parameter(body)
             name, value = m.name_and_value(body)
@@ -129,11 +160,13 @@ class Carrier:
         settings.is_proven = True
         self.settings = server.settings = settings
 
-    def _reset(self, server: ServerConnection, settings: Settings, name: bytes) -> Settings:
+    def _reset(
+        self, server: ServerConnection, settings: Settings, names: frozenset[bytes]
+    ) -> Settings:
         """After RESET the client's settings are those it brought along, as on a connection of its
         own. The server's are not: it ``lacks`` them now."""
         home = self._home.values
-        taken = home if name == b"all" else {name: home[name]} if name in home else {}
+        taken = {n: v for n, v in home.items() if n in names or b"all" in names}
         server.lacks = {**server.lacks, **taken}
         return self._table.intern({**settings.values, **taken})
 

@@ -29,6 +29,7 @@ from sidecar.proxy.prepared import PreparedTable
 from sidecar.proxy.replies import Replies
 from sidecar.proxy.requests import INSPECTED, Requests, TextCache, check_header
 from sidecar.proxy.settings import Settings, SettingsTable
+from sidecar.sql import NONE
 
 log = logging.getLogger("pgsidecar.proxy")
 
@@ -118,7 +119,7 @@ class Relay:
             renames=pool.config.mode is PoolMode.TRANSACTION,
             statement_limit=pool.config.max_prepared_statements,
         )
-        self.requests.dialect = settings.dialect
+        self.requests.dialect = self._carrier.settings.dialect
         self._holds_lease: Final = pool.config.mode is PoolMode.SESSION
         self.replies: Final = Replies(
             self.requests,
@@ -501,6 +502,7 @@ class Relay:
             self.transport.resume_reading()
         if rest:
             self.replies.is_at_rest = True  # nothing of the client's has been sent
+        self.requests.dialect = self._carrier.settings.dialect
         if error is not None:
             self._leave(server, CloseReason.SETTINGS_FAILED, now)
             text = m.error_fields(error).get("M", "a startup parameter was refused")
@@ -513,7 +515,7 @@ class Relay:
     def _note_values(self, server: ServerConnection, replies: Replies) -> None:
         carrier, requests = self._carrier, self.requests
         carrier.note_values(server, replies.values, requests.resets)
-        requests.resets = b""
+        requests.resets = NONE
         replies.values.clear()
         requests.dialect = carrier.settings.dialect
         news = carrier.take_news()

@@ -275,7 +275,7 @@ class Replies:
         if is_all:  # undoes whatever pinned, and our settings too
             server.pin = None
             server.is_dirty = True
-            self._requests.resets = b"all"
+            self._requests.resets |= {b"all"}
             self.values.append(RESET)
 
     def _executed(self, server: ServerConnection, now: float) -> None:

@@ -14,7 +14,7 @@ from sidecar.pool.server import ServerConnection
 from sidecar.protocol import messages as m
 from sidecar.proxy import expect, prepared
 from sidecar.proxy.prepared import Prepared
-from sidecar.sql import Query, classify
+from sidecar.sql import NONE, Query, classify
 
 INSPECTED: Final = 16 * 1024
 """Bytes of a message that are gathered before it is looked at and passed on in pieces."""
@@ -115,7 +115,7 @@ class Requests:
         self._out: list[bytes] | None = None
         self._start = 0
         self.dialect = b""  # of the client's settings
-        self.resets = b""  # the setting that the client resets now, "all": every one
+        self.resets = NONE  # the settings that the client resets now, "all": every one
         self.rest = b""  # the beginning of an unfinished message
         self.passing = 0  # bytes of a message that are still to come
         self.wants_to_leave = False  # Terminate was seen
@@ -254,7 +254,7 @@ class Requests:
         if query.pin is not None:
             _pin(server, query.pin)
         if query.resets:
-            self.resets = query.resets
+            self.resets |= query.resets
         self._has_unnamed = False  # a Query takes it away (54.2.3)
         self._unnamed_parse = None
 
@@ -266,7 +266,7 @@ class Requests:
         text = data[name_end + 1 : text_end] if text_end >= 0 else data[name_end + 1 : end]
         query = self._cache.classify(text)
         if query.resets:
-            self.resets = query.resets
+            self.resets |= query.resets
         if name_end == pos + 5:
             server.expected.append(m.PARSE)
             self._unnamed = query

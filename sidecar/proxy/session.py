@@ -200,7 +200,7 @@ class Session:
             self._write(m.negotiate_protocol_version(startup.NEWEST_MINOR, packet.unknown_options))
 
     def _hand_over(self, relay: Relay, tables: PoolTables, settings: Settings) -> None:
-        values = settings.values
+        values = (settings.canonical or settings).values
         told = [
             m.parameter_status(name, values.get(name.lower(), value))
             for name, value in tables.pool.opener.parameters.items()

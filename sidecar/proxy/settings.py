@@ -47,7 +47,7 @@ _NAME: Final = re.compile(rb"[a-z_][a-z0-9_$]*(\.[a-z_][a-z0-9_$]*)*")
 class Settings:
     """Name (lower case) to value, immutable. Equal settings of a pool are one object."""
 
-    __slots__ = ("__weakref__", "dialect", "is_proven", "values")
+    __slots__ = ("__weakref__", "canonical", "dialect", "is_proven", "values")
 
     def __init__(self, values: dict[bytes, bytes]) -> None:
         self.values: Final[Mapping[bytes, bytes]] = values
@@ -56,6 +56,7 @@ class Settings:
             name + b"=" + value for name, value in values.items() if name not in _NOT_PARSED_BY
         )
         self.is_proven = not values  # a server has accepted them
+        self.canonical: Settings | None = None  # the same as the server spells them, once known
 
     def __repr__(self) -> str:
         return f"<Settings {dict(self.values)}>"
