@@ -71,13 +71,14 @@ def assert_books_right(sidecar: Sidecar) -> None:
 def test_statement_is_there_on_every_connection(postgres):
     with Sidecar(postgres, max_size=3) as sidecar, sidecar.login() as client:
         client.ask(parse("select pg_backend_pid()", "s") + SYNC)
-        holders = [sidecar.login(), sidecar.login()]
-        backends = set()
-        for held in (0, 1, 2):
-            for holder in holders[:held]:
-                holder.rows("begin")
-            backends.update(rows(client.ask(use("s"))))
-        assert len(backends) == 3
+        holders = [sidecar.login() for _ in range(3)]
+        for holder in holders:
+            holder.rows("begin")
+        for holder in holders:
+            backend = holder.value("select pg_backend_pid()")
+            holder.rows("commit")
+            assert rows(client.ask(use("s"))) == [backend]
+            holder.rows("begin")
 
 
 def test_equal_names_are_different_statements(single):
@@ -175,6 +176,17 @@ def test_long_statement_is_refused_by_name_only(single):
         client.send(parse(text, "s") + SYNC)
         fields = error(client.until_closed())
     assert (fields["S"], fields["C"]) == ("FATAL", "54000")
+    single.until_whole()
+
+
+@pytest.mark.parametrize("kind", ["C", "D"])
+def test_message_that_is_too_long_for_its_kind_is_refused_by_its_header(single, kind):
+    """Of a long Close only the name was looked at and replaced: what came behind it in the same
+    message went to the server as messages of its own. PostgreSQL takes none over 10,000 bytes."""
+    with single.login() as client:
+        client.send(kind.encode() + (60_000).to_bytes(4, "big") + b"Ss\0")
+        fields = error(client.until_closed())
+    assert (fields["S"], fields["C"]) == ("FATAL", "08P01")
     single.until_whole()
 
 

@@ -4,7 +4,7 @@ import hashlib
 import struct
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sidecar.errors import AuthenticationFailed, ClientProtocolError, ServerProtocolError
@@ -26,6 +26,8 @@ from sidecar.protocol.startup import (
     split_options,
     startup_message,
 )
+
+steady = settings(deadline=None)  # on a busy machine any example may take long
 
 WORDS = st.binary(min_size=1, max_size=20).filter(lambda word: 0 not in word)
 
@@ -102,6 +104,7 @@ def test_parameters_without_end_or_value_are_refused(body):
         parse_startup(packet(3 << 16, body))
 
 
+@steady
 @given(st.dictionaries(WORDS, WORDS, max_size=5))
 def test_startup_message_is_read_as_it_was_written(parameters):
     data = startup_message(parameters)
@@ -114,6 +117,7 @@ def test_startup_message_is_read_as_it_was_written(parameters):
     }
 
 
+@steady
 @given(st.binary(min_size=4, max_size=200), st.sampled_from([3 << 16, 80877102, 80877103, 1 << 16]))
 def test_no_startup_packet_raises_anything_but_a_protocol_error(data, code):
     for candidate in (data, packet(code, data)):
@@ -157,6 +161,7 @@ def test_options_that_are_no_settings_are_refused(options):
         split_options(options)
 
 
+@steady
 @given(
     st.dictionaries(
         st.from_regex(rb"[a-z_][a-z_0-9.]*", fullmatch=True), st.binary(max_size=20), max_size=4
@@ -171,6 +176,7 @@ def test_escaped_values_come_back(values):
     assert split_options(options) == values
 
 
+@steady
 @given(st.binary(max_size=100))
 def test_no_options_raise_anything_but_a_protocol_error(options):
     try:
@@ -197,6 +203,7 @@ def test_error_is_told_with_all_its_fields():
     assert data.endswith(b"\0\0")
 
 
+@steady
 @given(st.text(max_size=50), st.text(max_size=50))
 @example("a\0b", "\0")
 @example("\ud800", "\udfff")
@@ -225,6 +232,7 @@ def test_sqlstate_is_five_letters_or_digits_whatever_the_server_says(body, sqlst
     assert m.sqlstate_of(body) == sqlstate
 
 
+@steady
 @given(st.binary(max_size=100))
 def test_no_error_of_a_server_is_too_odd(body):
     m.error_fields(body)
@@ -330,6 +338,7 @@ def test_server_that_does_not_know_us_is_refused(final):
     assert not client.is_verified
 
 
+@steady
 @given(st.data())
 def test_no_message_raises_anything_but_our_errors(data):
     def changed(message: bytes) -> bytes:

@@ -1,7 +1,7 @@
 """A client's settings on connections that others have used: which ones, and the SQL that sets them."""
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sidecar.errors import ClientProtocolError
@@ -95,6 +95,7 @@ def test_any_value_arrives_as_it_is(postgres, strings):
     options = {"standard_conforming_strings": strings, "backslash_quote": "on"}
     with Client.login(address, postgres.user, postgres.database, **options) as client:
 
+        @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
         @given(SETTINGS, SETTINGS)
         def check(before: dict[bytes, bytes], after: dict[bytes, bytes]) -> None:
             client.rows("reset all")

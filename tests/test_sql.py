@@ -222,9 +222,11 @@ def test_what_stands_around_a_statement_hides_nothing(text, around):
     assert classify(around.format(text).encode()).pin is not None
 
 
+steady = settings(deadline=None)  # on a busy machine any example may take long
 SPACES = [" ", "\n", "\t\r\n ", "/* c */", " -- set\n", "/* ' */", "\f\v", "/* a /* b */ */"]
 
 
+@steady
 @given(
     st.sampled_from(LEAVES_BEHIND).filter(lambda known: "'" not in known[0]),
     st.randoms(use_true_random=False),
@@ -307,6 +309,7 @@ PIECES = [
 ]
 
 
+@steady
 @given(st.lists(st.sampled_from(PIECES), max_size=40).map("".join) | st.text(max_size=200))
 @example("\0")
 def test_no_text_is_too_odd(text):
@@ -315,13 +318,14 @@ def test_no_text_is_too_odd(text):
     assert query.pin is None or query.pin in PinReason
 
 
+@steady
 @given(st.binary(max_size=100))
 def test_text_in_any_encoding_is_looked_at(data):
     classify(data)
     classify(b"explain " + data)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(["", "select temp ", "explain ", "do ", "with "]),
     st.lists(st.sampled_from(PIECES), min_size=1, max_size=4).map("".join),

@@ -276,6 +276,8 @@ class ServerConnection:
             elif kind == m.PARAMETER_STATUS:
                 self.remember_parameter(body)
             elif kind == m.BACKEND_KEY_DATA:
+                if len(body) < 8:
+                    raise ServerProtocolError(f"BackendKeyData of {len(body)} bytes")
                 self.pid, self.secret = int.from_bytes(body[:4], "big"), body[4:]
             elif kind not in (m.NOTICE_RESPONSE, m.NEGOTIATE_PROTOCOL_VERSION):
                 raise ServerProtocolError(f"unexpected message {chr(kind)!r} during login")
@@ -284,6 +286,8 @@ class ServerConnection:
     async def _authenticate(
         self, body: bytes, scram: ClientExchange | None
     ) -> ClientExchange | None:
+        if len(body) < 4:
+            raise ServerProtocolError(f"Authentication of {len(body)} bytes")
         code, data = int.from_bytes(body[:4], "big"), body[4:]
         if code == m.AUTH_OK:
             if scram is not None and not scram.is_verified:

@@ -231,6 +231,8 @@ class Replies:
 
     def _cut(self, data: bytes, pos: int, end: int) -> list[bytes]:
         """Leave out ``data[pos:end]``. Returns the list of pieces, complete up to ``end``."""
+        if end > len(data):
+            raise ServerProtocolError(f"reply of {end - pos} bytes to a request of ours")
         out = self._out
         if out is None:
             out = self._out = []

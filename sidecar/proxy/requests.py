@@ -34,6 +34,11 @@ _KNOWN: Final = frozenset(
     }
 )
 
+_LONG: Final = frozenset({m.QUERY, m.PARSE, m.BIND, m.FUNCTION_CALL, m.COPY_DATA})
+_LONGEST: Final = 0x3FFFFFFF  # bytes; PostgreSQL's PQ_LARGE_MESSAGE_LIMIT
+_LONGEST_OTHERS: Final = 10_000
+"""Bytes; its PQ_SMALL_MESSAGE_LIMIT. Less than ``INSPECTED``: these are always looked at whole."""
+
 # Close of a statement that no server connection has: the server answers CloseComplete all the
 # same, in its turn. The real statement stays, other clients may use it.
 _CLOSE_NOTHING: Final = m.close_statement(prepared.PREFIX + b"none")
@@ -62,7 +67,7 @@ def check_header(kind: int, length: int) -> None:
     """Raises ClientProtocolError for what no client message can begin with."""
     if kind not in _KNOWN:
         raise ClientProtocolError(f"invalid frontend message type {kind}")
-    if not 4 <= length < 0x40000000:  # PQ_LARGE_MESSAGE_LIMIT
+    if not 4 <= length <= (_LONGEST if kind in _LONG else _LONGEST_OTHERS):
         raise ClientProtocolError(f"invalid message length: {length} bytes")
 
 
@@ -192,7 +197,9 @@ class Requests:
             if server.is_skipping and kind != m.SYNC and kind != m.TERMINATE:
                 pass  # the server ignores it, after an error
             elif kind == m.QUERY:
-                self._add_query(server, m.QUERY, classify(data[pos + 5 : end - 1]), now)
+                # compiled, a slice must not end before it begins
+                text = data[pos + 5 : end - 1] if length > 4 else b""
+                self._add_query(server, m.QUERY, classify(text), now)
             elif kind == m.BIND:
                 self._has_bound = True
                 self._bind(server, data, pos, end)
