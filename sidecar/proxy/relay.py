@@ -468,7 +468,8 @@ class Relay:
     def _lose(
         self, server: ServerConnection, exc: ServerProtocolError, reason: CloseReason, now: float
     ) -> None:
-        log.error("server broke the protocol", extra={"pool": self._pool.name, "cause": str(exc)})
+        # a warning: a client that breaks the protocol amid a copy can make a server say this, too
+        log.warning("server broke the protocol", extra={"pool": self._pool.name, "cause": str(exc)})
         self._pool.observer.connection_failed(Phase.QUERY, ErrorReason.PROTOCOL)
         self.server = None
         is_in_message = self.replies.incoming > 0
