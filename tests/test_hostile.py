@@ -664,3 +664,16 @@ def test_no_mutation_of_a_legal_stream_harms_the_next_client(postgres, caplog, s
                 _attack(running, rng)
                 check_new_client(running)
     postgres.psql("truncate hostile")
+
+
+def test_more_sockets_than_can_be_told_why_do_not_end_the_service(postgres):
+    """Beyond ``max_clients`` and 100 in login, sockets are closed unheard: before they were made,
+    which ended the whole service."""
+    with Sidecar(postgres, max_size=1, listen={"max_clients": 1}) as sidecar:
+        sockets = [socket.create_connection(sidecar.address) for _ in range(150)]
+        for each in sockets:
+            each.close()
+        listener = sidecar.service._listener
+        assert listener is not None
+        sidecar.until(lambda: not listener._logins, "the sockets are gone")
+        check_new_client(sidecar)
