@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from bench.results import BenchFailed
 from sidecar import logs
-from sidecar.config import load
+from sidecar.config_file import load
 from sidecar.observe.recorder import NullRecorder
 from sidecar.service import Service
 

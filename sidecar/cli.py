@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from sidecar import __version__, logs
-from sidecar.config import Config, load
+from sidecar.config import Config
+from sidecar.config_file import load
 from sidecar.errors import ConfigError, SidecarError
 
 _EXAMPLES = """\

@@ -15,6 +15,22 @@ class PoolMode(StrEnum):
 
     SESSION = "session"
     TRANSACTION = "transaction"
+    STATEMENT = "statement"
+
+
+class PinPolicy(StrEnum):
+    """What becomes of a statement whose effect outlives its transaction, in transaction mode."""
+
+    AUTO = "auto"  # the client keeps the connection until the effect is undone
+    REFUSE = "refuse"  # the statement fails
+    OFF = "off"  # nothing: what it leaves is removed before the next client
+
+
+class ResetPolicy(StrEnum):
+    """Which connections are reset (DISCARD ALL) before the next client gets them."""
+
+    DIRTY = "dirty"  # those on which something was seen that outlives a transaction
+    ALWAYS = "always"
 
 
 class ConnectReason(StrEnum):
@@ -37,6 +53,11 @@ class CloseReason(StrEnum):
     CLIENT_LOST = "client_lost"  # its client vanished in the middle of a transaction or query
     PROTOCOL_ERROR = "protocol_error"  # server or client broke the protocol
     SETTINGS_FAILED = "settings_failed"  # a client's startup parameters were refused
+    QUERY_TIMEOUT = "query_timeout"  # cancelled in vain
+    TRANSACTION_TIMEOUT = "transaction_timeout"
+    IDLE_IN_TRANSACTION_TIMEOUT = "idle_in_transaction_timeout"
+    RECONNECT = "reconnect"  # someone told us to replace it
+    KILLED = "killed"  # someone told us to end it
     SHUTDOWN = "shutdown"
 
 
@@ -144,6 +165,7 @@ class TimeoutKind(StrEnum):
     CLIENT_IDLE = "client_idle"
     LOGIN = "login"
     CONNECT = "connect"
+    TRANSACTION = "transaction"
 
 
 class PinReason(StrEnum):

@@ -23,7 +23,7 @@ from urllib.parse import quote, urlencode
 import psycopg
 from prometheus_client.parser import text_string_to_metric_families
 
-from sidecar import config
+from sidecar import config_file
 from sidecar.pool.pool import Pool
 from sidecar.service import Service
 
@@ -208,7 +208,7 @@ class ServiceHere(Sidecar):
 
     @classmethod
     async def start(cls, text: str) -> Self:
-        service = Service(config.parse(text, {}, "test"))
+        service = Service(config_file.parse(text, {}, "test"))
         await service.start()
         return cls(service)
 

@@ -29,7 +29,9 @@ ROOMS = {
     "config_text": "",
     "dsn": "",
     "sql": "events",
-    "config": "config_text dsn events errors",
+    "config_values": "",
+    "config": "config_values dsn events errors",
+    "config_file": "config config_values config_text errors",
     "protocol": "errors",
     "pool": "protocol config events errors",
     "proxy": "pool protocol sql config events errors",
@@ -37,14 +39,14 @@ ROOMS = {
     "api": "observe config events",
     "service": "api observe proxy pool config events errors",
     "check": "pool protocol config events errors",
-    "demo": "service observe config events errors",
-    "cli": "demo service check config logs errors",
+    "demo": "service observe config config_file events errors",
+    "cli": "demo service check config config_file logs errors",
     "__main__": "cli",
 }
 """The folders and modules of ``sidecar``, and what each may import. All may import the version."""
 
 PURE = (
-    *("errors", "events", "sql", "config_text", "dsn", "protocol.*"),
+    *("errors", "events", "sql", "config_text", "config_values", "dsn", "protocol.*"),
     *("pool.state", "proxy.expect", "proxy.prepared", "proxy.settings"),
     *("proxy.requests", "proxy.replies"),
     *("observe.sketch", "observe.exposition", "observe.catalogue", "api.negotiate", "api.page"),
@@ -60,8 +62,8 @@ LIBRARIES = {
     "aiohttp": "api.app api.server",  # what it answers, and where it listens
     "prometheus_client": "observe.metrics service",  # the service makes the registry
     "psycopg": "dsn demo.workload",  # connection strings; the demo's clients
-    "pydantic": "config dsn",  # its type for secrets
-    "pydantic_core": "config",
+    "pydantic": "config config_values config_file dsn",  # its type for secrets
+    "pydantic_core": "config_file",
     "scramp": "protocol.authentication",
     "uvloop": "cli",
     "yaml": "config_text",

@@ -15,16 +15,16 @@ from pydantic import BaseModel, SecretStr, ValidationError
 from sidecar import config_text
 from sidecar.config import (
     Config,
+    ConsoleConfig,
     HttpConfig,
     ListenConfig,
     LogConfig,
     PoolConfig,
     ServerTarget,
     UserConfig,
-    load,
-    parse,
     redacted,
 )
+from sidecar.config_file import load, parse
 from sidecar.dsn import parse_dsn
 from sidecar.errors import ConfigError, SidecarError
 from sidecar.events import PoolMode
@@ -56,6 +56,11 @@ def problem(text: str, environ: Mapping[str, str] | None = None) -> str:
     return line
 
 
+def password_of(config: Config, user: str) -> str | None:
+    password = config.users[user].password
+    return None if password is None else password.get_secret_value()
+
+
 # The shipped file
 
 
@@ -71,7 +76,12 @@ def keys_of(model: type[BaseModel]) -> set[str]:
 def test_shipped_file_has_every_option():
     tree = yaml.safe_load(uncommented(SHIPPED.read_text()))
     assert set(tree) == keys_of(Config)
-    for section, model in (("listen", ListenConfig), ("http", HttpConfig), ("log", LogConfig)):
+    for section, model in (
+        ("listen", ListenConfig),
+        ("http", HttpConfig),
+        ("console", ConsoleConfig),
+        ("log", LogConfig),
+    ):
         assert set(tree[section]) == keys_of(model), section
     assert set(tree["users"]["app"]) == keys_of(UserConfig)
     assert set(tree["pools"]["main"]) == keys_of(PoolConfig)
@@ -116,7 +126,8 @@ def test_defaults_are_those_the_mission_fixes():
 
 
 @pytest.mark.parametrize(
-    "model", [Config, ListenConfig, HttpConfig, UserConfig, PoolConfig, LogConfig]
+    "model",
+    [Config, ListenConfig, HttpConfig, UserConfig, PoolConfig, ConsoleConfig, LogConfig],
 )
 def test_every_option_has_a_description(model: type[BaseModel]):
     assert [key for key, info in model.model_fields.items() if not info.description] == []
@@ -201,8 +212,14 @@ def test_bad_duration_is_refused_with_what_is_allowed(text: str, words: str):
         ("max_size: 0", "max_size: '0' is out of range; allowed: 1 to 1000"),
         ("max_size: 1001", "max_size: '1001' is out of range; allowed: 1 to 1000"),
         ("max_waiting: -1", "max_waiting: '-1' is out of range; allowed: 0 to 100000"),
-        ("mode: statement", "mode: 'statement' is unknown; allowed: 'session' or 'transaction'"),
-        ("mode: [session]", "mode: a list is unknown; allowed: 'session' or 'transaction'"),
+        (
+            "mode: query",
+            "mode: 'query' is unknown; allowed: 'session', 'transaction' or 'statement'",
+        ),
+        (
+            "mode: [session]",
+            "mode: a list is unknown; allowed: 'session', 'transaction' or 'statement'",
+        ),
     ],
 )
 def test_bad_value_is_told_with_path_value_and_what_is_allowed(options: str, line: str):
@@ -225,8 +242,8 @@ def test_bad_value_is_told_with_path_value_and_what_is_allowed(options: str, lin
             f"listen: {{unix_socket_dir: /{'x' * 92}}}",
             f"listen.unix_socket_dir: '/{'x' * 92}' is not usable; allowed: an absolute path of",
         ),
-        ("users: {app: {password: ''}}", "users.app.password: *** is empty; allowed: any other"),
-        ("users: {app: }", "users.app.password: is missing; allowed: The password clients log in"),
+        ("users: {app: {password: ''}}", "users.app: a mapping without a secret; allowed: one of"),
+        ("users: {app: }", "users.app: a mapping without a secret; allowed: one of password, "),
         ("listen: 6432", "listen: is not a mapping; allowed: host, port, "),
         ("users: [app]", "users: is not a mapping; allowed: names, each with its options"),
         ('drain_timeout: "1s\\0"', "drain_timeout: contains a zero byte"),
@@ -251,7 +268,7 @@ def test_socket_dir_can_be_nothing(nothing: str):
 @pytest.mark.parametrize("password", ["1234", "0123", "true", "null", "1e3", "2024-01-01", "1:30"])
 def test_password_that_looks_like_something_else_stays_as_written(password: str):
     config = read(MINIMAL + f"users: {{app: {{password: {password}}}}}")
-    assert config.users["app"].password.get_secret_value() == password
+    assert password_of(config, "app") == password
 
 
 def test_section_whose_options_are_all_commented_out_has_the_defaults():
@@ -332,7 +349,7 @@ def test_unknown_top_level_key_is_told():
     line = problem(MINIMAL + "pool: {}")
     assert line == (
         "pool: unknown key, did you mean pools?;"
-        " allowed: listen, http, log, users, pools, drain_timeout"
+        " allowed: listen, http, console, log, users, pools, drain_timeout"
     )
 
 
@@ -546,14 +563,14 @@ def test_expanded_number_is_a_number():
 
 def test_expanded_password_stays_text():
     config = read(MINIMAL + "users: {app: {password: '${PW}'}}", {"PW": "1234"})
-    assert config.users["app"].password.get_secret_value() == "1234"
+    assert password_of(config, "app") == "1234"
 
 
 @settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1))
 def test_value_of_a_variable_cannot_bring_in_yaml(value: str):
     config = read(MINIMAL + "users:\n  app:\n    password: ${PW}\n", {"PW": value})
-    assert config.users["app"].password.get_secret_value() == value
+    assert password_of(config, "app") == value
     assert list(config.users) == ["app"]
 
 
@@ -601,7 +618,7 @@ def test_override_reaches_every_section():
     )
     assert (config.listen.port, config.http.access_log, config.log.level) == (5432, True, "debug")
     assert config.drain_timeout == 60.0
-    assert config.users["bob"].password.get_secret_value() == "builder"
+    assert password_of(config, "bob") == "builder"
 
 
 def test_overrides_alone_can_make_a_pool():
@@ -626,7 +643,7 @@ def test_override_with_an_empty_dsn_leaves_a_pool_out():
 def test_value_of_an_override_is_taken_as_it_is(value: str):
     """A password may contain a dollar sign; nothing tells its owner to double it."""
     config = read(MINIMAL, {"PGSIDECAR__USERS__APP__PASSWORD": value})
-    assert config.users["app"].password.get_secret_value() == value
+    assert password_of(config, "app") == value
 
 
 def test_variables_without_the_prefix_are_ignored():
@@ -907,7 +924,7 @@ def test_model_built_in_code_keeps_secrets_out_of_its_error():
 def test_printout_shows_secrets_as_stars_and_where_pools_lead():
     config = read("pools: {main: {dsn: 'postgresql://u:p@h/d'}}\nusers: {app: {password: x}}")
     shown = json.loads(json.dumps(redacted(config)))
-    assert shown["users"] == {"app": {"password": "***"}}
+    assert shown["users"]["app"] == {"password": "***", "max_clients": 0}
     main = shown["pools"]["main"]
     assert (main["dsn"], main["mode"], main["idle_timeout"]) == ("***", "transaction", "300s")
     assert (main["server"], main["database"], main["user"]) == ("h:5432", "d", "u")

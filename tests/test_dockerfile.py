@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sidecar import config
+from sidecar import config_file
 from sidecar.api.server import HttpServer
 from sidecar.config import HttpConfig
 from tests.metrics_page import Page
@@ -126,7 +126,7 @@ def test_everything_copied_is_there_and_sent_to_the_builder():
 def test_environment_is_made_of_options():
     """The shipped file with the image's variables is a configuration that answers from outside."""
     environ = {**environment(), "DATABASE_URL": "postgresql://app:x@db/app"}
-    read = config.load(ROOT / "config.yaml", environ)
+    read = config_file.load(ROOT / "config.yaml", environ)
     assert (read.http.host, str(read.http.port)) == ("0.0.0.0", environ["PGSIDECAR__HTTP__PORT"])
     assert read.listen.host == "127.0.0.1"
     assert one("EXPOSE").split() == [str(read.listen.port), str(read.http.port)]

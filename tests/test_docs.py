@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import sidecar
-from sidecar import config
+from sidecar import config, config_file
 from sidecar.observe.exposition import Format
 from tests.metrics_page import IDLE, Page, fill
 
@@ -179,7 +179,7 @@ def test_options_that_are_mentioned_exist():
     """In the form of a variable, as in ``PGSIDECAR__POOLS__MAIN__MAX_SIZE=10``."""
     for path in [*DOCUMENTS, ROOT / "Dockerfile"]:
         for name, value in re.findall(r"(PGSIDECAR__\w+)=([\w.]+)", path.read_text()):
-            config.load(
+            config_file.load(
                 ROOT / "config.yaml", {name: value, "DATABASE_URL": "postgresql://app:x@db/app"}
             )
 
@@ -195,11 +195,11 @@ def test_example_of_the_readme_is_a_configuration():
     """Both pools with both variables, one without the second; and its figures are the defaults."""
     (example,) = (each for each in yaml_blocks(ROOT / "README.md") if "pools:" in each)
     urls = {"DATABASE_URL": "postgresql://app:x@db/app", "DIRECT_URL": "postgresql://app:x@db/app"}
-    both = config.parse(example, urls, "README.md")
-    shipped = config.load(ROOT / "config.yaml", urls)
+    both = config_file.parse(example, urls, "README.md")
+    shipped = config_file.load(ROOT / "config.yaml", urls)
     assert both == shipped
     del urls["DIRECT_URL"]
-    main = config.parse(example, urls, "README.md").pools
+    main = config_file.parse(example, urls, "README.md").pools
     assert main.keys() == {"main"}
     text = (ROOT / "README.md").read_text()
     assert (

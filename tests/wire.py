@@ -18,7 +18,7 @@ from urllib.parse import quote, urlencode
 
 import uvloop
 
-from sidecar import config
+from sidecar import config_file
 from sidecar.demo.postgres import EmbeddedPostgres
 from sidecar.pool.pool import Pool
 from sidecar.protocol import messages as m
@@ -282,7 +282,7 @@ class Sidecar:
             "drain_timeout": "0",
         }
         text = json.dumps(sections).replace("$", "$$")
-        self.service = Service(config.parse(text, {}, "test"))
+        self.service = Service(config_file.parse(text, {}, "test"))
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sidecar", daemon=True)
         self._noise: list[dict[str, object]] = []

@@ -21,7 +21,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import IO, TextIO
 
-from sidecar import config
+from sidecar import config_file
 from sidecar.demo.figures import DemoFigures, FigureReader
 from sidecar.demo.postgres import EmbeddedPostgres
 from sidecar.demo.view import SHOW_CURSOR, View, seconds
@@ -137,7 +137,7 @@ async def _service(
     server: EmbeddedPostgres, port: int, http_port: int, stopping: asyncio.Event
 ) -> AsyncIterator[Service]:
     """The sidecar; if it breaks, the demo stops and tells why."""
-    service = Service(config.parse(_config_text(server, port, http_port), {}, "demo"))
+    service = Service(config_file.parse(_config_text(server, port, http_port), {}, "demo"))
     try:
         await service.start()
         ended = asyncio.create_task(service.wait())

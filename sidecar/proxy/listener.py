@@ -174,7 +174,8 @@ class PgListener:
 
     def _make_verifiers(self) -> None:
         for user, entry in self._config.users.items():
-            self._verifiers[None, user] = make_verifier(entry.password.get_secret_value())
+            if entry.password is not None:
+                self._verifiers[None, user] = make_verifier(entry.password.get_secret_value())
         for pool in self._config.pools.values():
             target = pool.target
             if target.password is not None and target.user not in self._config.users:
