@@ -21,6 +21,7 @@ HOT_MODULES = [
     "sidecar/proxy/expect.py",
     "sidecar/proxy/requests.py",
     "sidecar/proxy/replies.py",
+    "sidecar/proxy/unleased.py",
     "sidecar/proxy/carrier.py",
     "sidecar/proxy/relay.py",
     "sidecar/observe/sketch.py",

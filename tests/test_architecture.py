@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 LONGEST = 500
 """Lines of a module. One that has more is split, by the reasons it has to change."""
 
-TO_BE_SPLIT = {"sidecar.proxy.relay": 610}
+TO_BE_SPLIT = {"sidecar.proxy.relay": 580}
 """Modules that are too long now, each with how long it may be until then."""
 
 ROOMS = {
@@ -48,7 +48,7 @@ ROOMS = {
 PURE = (
     *("errors", "events", "sql", "config_text", "config_values", "dsn", "protocol.*"),
     *("pool.state", "proxy.expect", "proxy.prepared", "proxy.settings"),
-    *("proxy.requests", "proxy.replies"),
+    *("proxy.requests", "proxy.replies", "proxy.unleased"),
     *("observe.sketch", "observe.exposition", "observe.catalogue", "api.negotiate", "api.page"),
 )
 """Modules that do no I/O, know no clock and write no log: time is an argument of theirs."""
@@ -75,6 +75,7 @@ DISTRIBUTIONS = {"yaml": "PyYAML", "pydantic_core": "pydantic"}
 
 HOT = {
     "sidecar.proxy.relay": "data_received server_data _forward _attach _end_lease",
+    "sidecar.proxy.unleased": "find",
     "sidecar.proxy.requests": "forward _inspect _run _add_query _parse _bind",
     "sidecar.proxy.replies": "forward _inspect _complete _ready _query_done",
     "sidecar.pool.pool": "acquire release _hand_over",

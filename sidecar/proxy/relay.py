@@ -27,8 +27,9 @@ from sidecar.proxy import expect
 from sidecar.proxy.carrier import Carrier
 from sidecar.proxy.prepared import PreparedTable
 from sidecar.proxy.replies import Replies
-from sidecar.proxy.requests import INSPECTED, Requests, TextCache, check_header
+from sidecar.proxy.requests import Requests, TextCache
 from sidecar.proxy.settings import Settings, SettingsTable
+from sidecar.proxy.unleased import GOODBYE, IGNORED_SYNC, NEED, Unleased
 from sidecar.sql import NONE
 
 log = logging.getLogger("pgsidecar.proxy")
@@ -40,11 +41,6 @@ _SHUTTING_DOWN: Final = "terminating connection because the connection pool shut
 
 _SAMPLED: Final = 64
 """One lease in so many is timed for ``proxy_overhead_seconds``."""
-
-_NEEDS_SERVER: Final = frozenset(
-    {m.QUERY, m.PARSE, m.BIND, m.DESCRIBE, m.EXECUTE, m.CLOSE, m.SYNC, m.FUNCTION_CALL}
-)
-"""Without a lease the others have nothing to apply to: Flush, and the rest of a copy that failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +81,8 @@ class Relay:
         "_pool",
         "_registry",
         "_setup_rest",
-        "_skip_bytes",
-        "_skip_to_sync",
         "_tables",
+        "_unleased",
         "client",
         "deadline",
         "is_closed",
@@ -138,8 +133,7 @@ class Relay:
         self._is_server_full = False  # and the client not read from
         self._is_unread = False  # not read from until it reads: refused without a lease
         self._setup_rest = b""  # held back until its settings are accepted
-        self._skip_bytes = 0
-        self._skip_to_sync = False
+        self._unleased: Final = Unleased()
         self._own_time = -1.0  # seconds spent in this lease; negative: not sampled
 
     def __repr__(self) -> str:
@@ -211,41 +205,28 @@ class Relay:
 
     def _begin(self, data: bytes) -> None:
         """The client has no connection: does it need one now?"""
-        kind: int  # declared: compiled, these are then plain integers
-        length: int
+        unleased = self._unleased
         pos = 0
-        size = len(data)
-        while pos < size:
-            if self._skip_bytes:
-                skipped = min(self._skip_bytes, size - pos)
-                self._skip_bytes -= skipped
-                pos += skipped
-                continue
-            if size - pos < 5:
-                break
-            kind, length = m.HEADER.unpack_from(data, pos)
-            if kind not in _NEEDS_SERVER or length < 4 or length >= size - pos:
-                try:
-                    check_header(kind, length)
-                except ClientProtocolError as exc:
-                    self._fail(exc)
-                    return
-                if kind == m.TERMINATE:
-                    self.close()
-                    return
-            if self._skip_to_sync or kind not in _NEEDS_SERVER:
-                self._skip_bytes = 1 + length
-                if self._skip_to_sync and kind == m.SYNC:
-                    self._skip_to_sync = False
-                    self._write(m.READY_IDLE_MESSAGE)
-                continue
-            if size - pos <= length and size - pos < INSPECTED:
-                break  # who is still writing does not need a connection yet
-            if self._acquire(data, pos):
+        while True:
+            try:
+                pos = unleased.find(data, pos)
+            except ClientProtocolError as exc:
+                self._fail(exc)
                 return
-            if self._is_write_paused:
-                self._is_unread = True  # it asks on, and does not read that it is refused
-                self.transport.pause_reading()
+            found = unleased.found
+            if found == NEED:
+                if self._acquire(data, pos):
+                    return
+                if self._is_write_paused:
+                    self._is_unread = True  # it asks on, and does not read that it is refused
+                    self.transport.pause_reading()
+                    break
+            elif found == IGNORED_SYNC:
+                self._write(m.READY_IDLE_MESSAGE)
+            elif found == GOODBYE:
+                self.close()
+                return
+            else:
                 break
         self.requests.rest = data[pos:]
 
@@ -295,12 +276,8 @@ class Relay:
     def _refuse_cycle(self, error: SidecarError, data: bytes, pos: int) -> None:
         """Answer the cycle that begins here with an error; what belongs to it is skipped."""
         self._report(error, "ERROR")
-        kind, length = m.HEADER.unpack_from(data, pos)
-        if kind == m.QUERY or kind == m.FUNCTION_CALL:
-            self._skip_bytes = 1 + length
+        if self._unleased.ignore_cycle(data, pos):
             self._write(m.READY_IDLE_MESSAGE)
-        else:
-            self._skip_to_sync = True
 
     # -- a lease -------------------------------------------------------------------------------
 
@@ -412,7 +389,8 @@ class Relay:
         ignored up to its own Sync, as the server would have."""
         requests = self.requests
         requests.awaits_sync = False
-        self._skip_to_sync = requests.has_failed
+        if requests.has_failed:
+            self._unleased.ignore_to_sync()
         data, requests.rest = requests.rest, b""
         if len(data) > HELD_BACK:
             self.transport.resume_reading()
