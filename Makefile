@@ -111,7 +111,20 @@ venv:
 debian-packages:
 	@if ! command -v promtool >/dev/null || ! command -v prometheus >/dev/null; then \
 	  $(MAKE) debian-package-prometheus || exit; fi; \
-	if ! command -v pgbouncer >/dev/null; then $(MAKE) debian-package-pgbouncer || exit; fi
+	if ! command -v pgbouncer >/dev/null; then $(MAKE) debian-package-pgbouncer || exit; fi; \
+	if ! ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1; then \
+	  $(MAKE) debian-postgresql || exit; fi
+
+# A PostgreSQL with TLS, which the embedded one is built without. Debian would also make a cluster
+# and start it on port 5432; while this file is there, it does not.
+.PHONY: debian-postgresql
+debian-postgresql: debian-package-postgresql-common
+	@if [ "$$(id -u)" = 0 ]; then sudo=; else sudo='sudo -n'; fi; \
+	folder=/etc/postgresql-common/createcluster.d; \
+	$$sudo mkdir -p $$folder && \
+	echo 'create_main_cluster = false' | $$sudo tee $$folder/pgsidecar.conf >/dev/null || exit; \
+	$(MAKE) debian-package-postgresql; status=$$?; \
+	$$sudo rm -f $$folder/pgsidecar.conf; exit $$status
 
 debian-package-%:
 	@if ! command -v apt-get >/dev/null; then \

@@ -15,6 +15,7 @@ import pytest
 import uvloop
 
 from sidecar.demo.postgres import EmbeddedPostgres
+from tests.debian_postgres import TlsPostgres
 from tests.sidecar_process import (
     MakeProcess,
     MakeService,
@@ -58,6 +59,15 @@ def postgres_version() -> int:
 def postgres(postgres_version: int) -> Iterator[EmbeddedPostgres]:
     """One server for all tests of this worker: use own names in it, do not stop it."""
     with EmbeddedPostgres(postgres_version, settings={"max_connections": "200"}) as server:
+        _servers.append(server)
+        yield server
+        _servers.remove(server)
+
+
+@pytest.fixture(scope="session")
+def tls_postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TlsPostgres]:
+    """Debian's PostgreSQL with TLS, one for all tests of this worker: leave it as you found it."""
+    with TlsPostgres(tmp_path_factory.mktemp("tls")) as server:
         _servers.append(server)
         yield server
         _servers.remove(server)

@@ -79,6 +79,7 @@ class EmbeddedPostgres:
 
     ``settings`` are lines of postgresql.conf. ``auth`` holds for TCP and Unix socket alike; for
     any but ``trust`` a password is made up unless given. Before ``start()`` there is no ``port``.
+    ``bin_dir`` names the programs of another installation, in place of the embedded one's.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class EmbeddedPostgres:
         user: str = "postgres",
         password: str | None = None,
         database: str = "postgres",
+        bin_dir: Path | None = None,
     ) -> None:
         self.version = version
         self.host = _HOST
@@ -98,7 +100,8 @@ class EmbeddedPostgres:
         if password is None and auth != "trust":
             self.password = secrets.token_urlsafe(12)
         self.database = database
-        self.bin_dir = client_bin(version)
+        self.bin_dir = client_bin(version) if bin_dir is None else bin_dir
+        self._is_embedded = bin_dir is None
         self._auth = auth
         self._settings = dict(settings or {})
         self._folder: Path | None = None
@@ -183,7 +186,7 @@ class EmbeddedPostgres:
         """Create the data directory, start the server and return when it accepts connections."""
         if self._folder is not None:
             raise EmbeddedPostgresError("the embedded PostgreSQL is started already")
-        server_bin(self.version)  # a copy of it removes itself at exit: after the server, then
+        self._server_bin()  # a copy of it removes itself at exit: after the server, then
         atexit.register(self.stop)
         try:
             self._create()
@@ -364,7 +367,7 @@ class EmbeddedPostgres:
     def _spawn(self, program: str, options: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
         account = server_account()
         return subprocess.Popen(
-            [server_bin(self.version) / program, *options],
+            [self._server_bin() / program, *options],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -375,6 +378,9 @@ class EmbeddedPostgres:
             extra_groups=() if account else None,
             start_new_session=True,  # a Ctrl-C in the terminal is ours to handle
         )
+
+    def _server_bin(self) -> Path:
+        return server_bin(self.version) if self._is_embedded else self.bin_dir
 
     def _log_tail(self, begin: int) -> str:
         text = self.log_path.read_bytes()[begin:].decode(errors="replace")
