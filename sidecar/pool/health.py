@@ -128,6 +128,17 @@ def reason_of(sqlstate: str) -> ErrorReason:
     return _BY_SQLSTATE.get(sqlstate, ErrorReason.SERVER_ERROR)
 
 
+def is_refusal(exc: BaseException | None) -> bool:
+    """The server has answered, and does not want this login: no matter of being there or not.
+
+    One that starts up or shuts down says so, too, and is only asked again later.
+    """
+    return isinstance(exc, ServerError) and reason_of(exc.sqlstate) not in (
+        ErrorReason.STARTING_UP,
+        ErrorReason.ADMIN_SHUTDOWN,
+    )
+
+
 def is_permanent(exc: BaseException) -> bool:
     """Waiting will not help: the server refuses this user or database."""
     return isinstance(exc, ServerError) and reason_of(exc.sqlstate) in (

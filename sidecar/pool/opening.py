@@ -156,13 +156,11 @@ class Opener:
                 "next_attempt_in": round(delay, 3),
             },
         )
-        if (
-            isinstance(exc, SidecarError)
-            and health.is_permanent(exc)
-            and not self._state.established
-        ):
-            self.end_logins(exc)
-            self._refused(exc)
+        if isinstance(exc, SidecarError) and not self._state.established:
+            if health.is_refusal(exc):
+                self.end_logins(exc)
+            if health.is_permanent(exc):
+                self._refused(exc)
 
     def _succeeded(self, server: ServerConnection, reason: ConnectReason, started: float) -> None:
         now = clock()
@@ -195,22 +193,32 @@ class Opener:
     async def wait_for_parameters(self, deadline: float) -> None:
         """Return once a server connection has told us the server's parameters.
 
-        Raises ServerUnavailable at the deadline, and the server's own refusal where it is one.
+        Raises ServerUnavailable at the deadline, and the server's own refusal at once. A refusal is
+        not remembered: who comes after it has the server asked again, together with all who
+        wait then.
         """
-        if self.parameters:
+        is_refused = health.is_refusal(self.last_failure) and not self._state.established
+        if self.parameters and not is_refused:
             return
-        if self.last_failure is not None and health.is_permanent(self.last_failure):
-            raise self.last_failure
         known: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._logins.add(known)
         try:
-            self.ensure_one(clock())
+            if is_refused:
+                self._ask_again()
+            else:
+                self.ensure_one(clock())
             async with asyncio.timeout_at(deadline):
                 await known
         except TimeoutError:
             raise self.unavailable() from self.last_failure
         finally:
             self._logins.discard(known)
+
+    def _ask_again(self) -> None:
+        """Open a connection whatever the backoff says, unless one is being opened."""
+        is_trying = bool(self._state.by_state[ConnectionState.CONNECTING])
+        if not is_trying and not self.is_closed and self._state.size < self._state.max_size:
+            self._start()
 
     def end_logins(self, error: SidecarError | None) -> None:
         """Let those go on who wait for the parameters, or tell them why not."""
