@@ -62,7 +62,8 @@ LIBRARIES = {
     "aiohttp": "api.app api.server",  # what it answers, and where it listens
     "prometheus_client": "observe.metrics service",  # the service makes the registry
     "psycopg": "dsn demo.workload",  # connection strings; the demo's clients
-    "pydantic": "config config_values config_file dsn",  # its type for secrets
+    # its type for secrets
+    "pydantic": "config config_values config_file dsn proxy.login proxy.credentials",
     "pydantic_core": "config_file",
     "scramp": "protocol.authentication",
     "uvloop": "cli",

@@ -1,11 +1,14 @@
 """Who gets in, and how: startup, encryption requests, passwords on both sides."""
 
+import os
 import struct
+import time
 
 import asyncpg
 import psycopg
 import pytest
 
+from sidecar.demo.postgres import EmbeddedPostgres
 from sidecar.protocol import messages as m
 from sidecar.protocol.authentication import ClientExchange
 from tests.wire import (
@@ -111,6 +114,99 @@ def test_databases_are_named_to_nobody_who_has_not_logged_in(guarded):
         'database "nowhere" does not exist',
         "HINT:  The pools are: main, other.",
     ]
+
+
+# -- secrets in other forms --------------------------------------------------------------------
+
+
+def verifier_of(postgres: EmbeddedPostgres, password: str) -> str:
+    """What PostgreSQL itself keeps of this password."""
+    postgres.psql(f"CREATE ROLE verified PASSWORD '{password}'")
+    try:
+        return postgres.psql("SELECT rolpassword FROM pg_authid WHERE rolname = 'verified'")
+    finally:
+        postgres.psql("DROP ROLE verified")
+
+
+async def test_verifier_of_postgresql_is_enough_to_let_in(postgres):
+    verifier = verifier_of(postgres, "pässword of carol")
+    with Sidecar(
+        postgres, users={"carol": {"verifier": verifier}}, listen={"auth": "scram-sha-256"}
+    ) as sidecar:
+        dsn = sidecar.dsn("carol", password="pässword of carol")
+        with psycopg.connect(dsn) as connection:
+            assert connection.execute("select 1").fetchone() == (1,)
+        await (await asyncpg.connect(dsn)).close()
+        for guess in ("guess", verifier):
+            assert fail_to_log_in(sidecar, "carol", guess) == (
+                'password authentication failed for user "carol"'
+            )
+
+
+def test_password_file_is_read_for_each_login(postgres, tmp_path):
+    file = tmp_path / "secret"
+    file.write_bytes(b" first of dave \r\nnot this\n")
+    with Sidecar(
+        postgres, users={"dave": {"password_file": str(file)}}, listen={"auth": "scram-sha-256"}
+    ) as sidecar:
+        psycopg.connect(sidecar.dsn("dave", password=" first of dave ")).close()
+        file.write_text("second")
+        assert "authentication failed" in fail_to_log_in(sidecar, "dave", " first of dave ")
+        psycopg.connect(sidecar.dsn("dave", password="second")).close()
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (None, "No such file or directory"),
+        (b"", "its first line is empty"),
+        (b"\npassword", "its first line is empty"),
+        (b"x" * 5000, "its first line has more than 4096 bytes"),
+        (b"caf\xe9", "its first line is not UTF-8 text"),
+        (b"a\0b", "its first line contains a zero byte"),
+    ],
+)
+def test_password_file_of_no_use_is_logged_and_lets_nobody_in(
+    postgres, tmp_path, caplog, content, cause
+):
+    """The client learns no more than from a wrong password."""
+    file = tmp_path / "secret"
+    if content is not None:
+        file.write_bytes(content)
+    with Sidecar(
+        postgres, users={"dave": {"password_file": str(file)}}, listen={"auth": "scram-sha-256"}
+    ) as sidecar:
+        assert fail_to_log_in(sidecar, "dave", "password") == (
+            'password authentication failed for user "dave"'
+        )
+    (record,) = [each for each in caplog.records if each.message == "password file cannot be used"]
+    assert (record.levelname, vars(record)["user"], vars(record)["cause"]) == (
+        "ERROR",
+        "dave",
+        cause,
+    )
+
+
+def test_password_file_that_would_block_lets_nobody_in(postgres, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with Sidecar(
+        postgres, users={"dave": {"password_file": str(pipe)}}, listen={"auth": "scram-sha-256"}
+    ) as sidecar:
+        assert "authentication failed" in fail_to_log_in(sidecar, "dave", "password")
+
+
+def test_start_takes_no_longer_with_many_users(postgres):
+    """Verifiers are made at the first login: 5,000 of them would take 20 s of CPU."""
+    users = {f"user{number}": f"password {number}" for number in range(5000)}
+    sidecar = Sidecar(postgres, users=users, listen={"auth": "scram-sha-256"})
+    began = time.process_time()
+    with sidecar:
+        assert time.process_time() - began < 3
+        psycopg.connect(sidecar.dsn("user4999", password="password 4999")).close()
+
+
+# -- steps of the exchange ---------------------------------------------------------------------
 
 
 def scram(client: Client, user: str = "alice") -> None:

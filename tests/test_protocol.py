@@ -13,9 +13,11 @@ from sidecar.protocol import startup
 from sidecar.protocol.authentication import (
     ClientExchange,
     ServerExchange,
+    knows_password,
     make_verifier,
     md5_response,
     mock_verifier,
+    parse_verifier,
 )
 from sidecar.protocol.startup import (
     CancelRequest,
@@ -283,6 +285,36 @@ def test_stranger_cannot_tell_who_exists():
     assert first["s"] == again["s"] != challenge("other")["s"]
     assert f"i={first['i']}" in real
     assert len(first["s"]) == len(real.split("s=")[1].split(",i=")[0])
+
+
+def test_verifier_of_postgresql_is_read():
+    """Example of a real one: password ``pencil``, with salt and keys of RFC 7677, 3."""
+    verifier = parse_verifier(
+        "SCRAM-SHA-256$4096:W22ZaJ0SNY7soEsUEjb6gQ==$"
+        "WG5d8oPm3OtcPnkdi4Uo7BkeZkBFzpcXkuLmtbsT4qY=:wfPLwcE6nTWhTAmQ7tl2KeoiWGPlZqQxSrmfPwDl2dU="
+    )
+    assert verifier.iterations == 4096
+    assert knows_password(verifier, "pencil")
+    assert not knows_password(verifier, "Pencil")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "md5" + "0" * 32,
+        "password",
+        "SCRAM-SHA-1$4096:QUJD$" + "A" * 43 + "=:" + "A" * 43 + "=",
+        "SCRAM-SHA-256$4096:QUJD$AAAA:AAAA",
+        "SCRAM-SHA-256$4096:QUJD$" + "A" * 43 + "=",
+        "SCRAM-SHA-256$0:QUJD$" + "A" * 43 + "=:" + "A" * 43 + "=",
+        "SCRAM-SHA-256$999999999:QUJD$" + "A" * 43 + "=:" + "A" * 43 + "=",
+        "SCRAM-SHA-256$4096:Q!JD$" + "A" * 43 + "=:" + "A" * 43 + "=",
+    ],
+)
+def test_what_is_no_verifier_is_refused_and_not_quoted(text):
+    with pytest.raises(ValueError, match=r"\Ais not a SCRAM-SHA-256 verifier\Z"):
+        parse_verifier(text)
 
 
 def test_nobody_can_be_the_stranger():

@@ -260,7 +260,11 @@ def error(messages: Iterable[Message]) -> dict[str, str]:
 
 
 class Sidecar:
-    """A sidecar on a thread, pool ``main`` unless ``pools`` says else. It must end whole."""
+    """A sidecar on a thread, pool ``main`` unless ``pools`` says else. It must end whole.
+
+    ``users`` has a password or the options of each. Clients need no password unless ``listen`` says
+    else, and failed logins are not delayed.
+    """
 
     def __init__(
         self,
@@ -268,17 +272,20 @@ class Sidecar:
         *,
         pools: Mapping[str, Mapping[str, object]] | None = None,
         listen: Mapping[str, object] | None = None,
-        users: Mapping[str, str] | None = None,
+        users: Mapping[str, str | Mapping[str, object]] | None = None,
         **main: object,
     ) -> None:
         if pools is None:
             assert postgres is not None
             pools = {"main": {"dsn": postgres.dsn(), **main}}
         sections = {
-            "listen": {"port": 0, "auth": "trust", **(listen or {})},
+            "listen": {"port": 0, "auth": "trust", "auth_failure_delay": "0", **(listen or {})},
             "http": {"port": 0},
             "pools": pools,
-            "users": {name: {"password": password} for name, password in (users or {}).items()},
+            "users": {
+                name: {"password": entry} if isinstance(entry, str) else entry
+                for name, entry in (users or {}).items()
+            },
             "drain_timeout": "0",
         }
         text = json.dumps(sections).replace("$", "$$")

@@ -261,3 +261,28 @@ def md5_response(user: str, password: str, salt: bytes) -> bytes:
     """Answer to AuthenticationMD5Password (54.2.1)."""
     inner = hashlib.md5(password.encode() + user.encode()).hexdigest().encode()
     return b"md5" + hashlib.md5(inner + salt).hexdigest().encode() + b"\0"
+
+
+def parse_verifier(text: str) -> ScramVerifier:
+    """Of ``SCRAM-SHA-256$<iterations>:<salt>$<StoredKey>:<ServerKey>`` (pg_authid.rolpassword).
+
+    Raises ValueError, which quotes nothing of it.
+    """
+    try:
+        mechanism, parameters, keys = text.split("$")
+        rounds, salt = parameters.split(":")
+        stored, server = (base64.b64decode(key, validate=True) for key in keys.split(":"))
+        iterations = int(rounds)
+        if mechanism != MECHANISM or not 1 <= iterations <= _MOST_ITERATIONS:
+            raise ValueError("another mechanism, or too many iterations")
+        if not len(stored) == len(server) == 32:
+            raise ValueError("a key is not one of SHA-256")
+        return ScramVerifier(base64.b64decode(salt, validate=True), stored, server, iterations)
+    except ValueError:
+        raise ValueError("is not a SCRAM-SHA-256 verifier") from None
+
+
+def knows_password(verifier: ScramVerifier, password: str) -> bool:
+    """Whether the verifier was made of this password; as slow as ``make_verifier``."""
+    keys = derive_keys(password, verifier.salt, verifier.iterations)
+    return hmac.compare_digest(hashlib.sha256(keys.client_key).digest(), verifier.stored_key)

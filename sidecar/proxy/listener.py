@@ -1,7 +1,7 @@
 """Accepts PostgreSQL clients over TCP and a Unix socket.
 
-Owns the listening sockets, the limit on clients, who may log in, and the keys by which a
-CancelRequest finds its client. One task for each client in login (see ``session``).
+Owns the listening sockets, the limit on clients, and the keys by which a CancelRequest finds its
+client. One task for each client in login (see ``session``).
 """
 
 import asyncio
@@ -17,8 +17,8 @@ from sidecar.config import Config, PoolConfig
 from sidecar.errors import ConfigError, PoolClosed, PoolSaturated
 from sidecar.events import ClientOutcome, Listener, Observer
 from sidecar.pool.opening import Spawn
-from sidecar.protocol.authentication import ScramVerifier, make_verifier, mock_verifier
 from sidecar.protocol.startup import CancelRequest
+from sidecar.proxy.authenticate import Authenticator
 from sidecar.proxy.relay import PoolTables, Relay
 from sidecar.proxy.session import Session
 
@@ -44,11 +44,11 @@ class PgListener:
         self._spawn: Final = spawn
         self._servers: list[asyncio.Server] = []
         self._socket_path: Path | None = None
-        self._verifiers: dict[tuple[str | None, str], ScramVerifier] = {}
         self._logins: set[Session] = set()
         self._relays: dict[int, Relay] = {}
         self._next_pid = secrets.randbelow(1 << 30) + 1
         self.is_draining = False
+        self.authenticator: Final = Authenticator(config)
         self.traffic: Final = observer.traffic
         self.login_timeout: Final = config.listen.login_timeout
         self.address: tuple[str, int] = (config.listen.host, config.listen.port)
@@ -58,8 +58,6 @@ class PgListener:
     async def start(self) -> None:
         """Listen. Raises ConfigError if an address cannot be used."""
         listen = self._config.listen
-        if listen.auth != "trust":
-            await asyncio.to_thread(self._make_verifiers)
         loop = asyncio.get_running_loop()
         if listen.host:
             try:
@@ -169,28 +167,6 @@ class PgListener:
 
     def login_timed_out(self, pool: str | None) -> None:
         self._observer.login_timed_out(pool)
-
-    # -- who may log in ------------------------------------------------------------------------
-
-    def _make_verifiers(self) -> None:
-        for user, entry in self._config.users.items():
-            if entry.password is not None:
-                self._verifiers[None, user] = make_verifier(entry.password.get_secret_value())
-        for pool in self._config.pools.values():
-            target = pool.target
-            if target.password is not None and target.user not in self._config.users:
-                verifier = make_verifier(target.password.get_secret_value())
-                self._verifiers[pool.name, target.user] = verifier
-
-    def verifier(self, user: str, pool: str | None) -> ScramVerifier | None:
-        """What this user has to prove; None with ``trust``."""
-        if self._config.listen.auth == "trust":
-            return None
-        found = self._verifiers.get((None, user)) or self._verifiers.get((pool, user))
-        if found is None and pool is None:
-            # No such pool, which is told to those who may know: the users of all dsns.
-            found = next((v for (_, name), v in self._verifiers.items() if name == user), None)
-        return found or mock_verifier(user)
 
 
 def _remove_stale_socket(path: Path) -> None:

@@ -15,7 +15,7 @@ from sidecar.events import ClientOutcome, Traffic
 from sidecar.pool.server import clock
 from sidecar.protocol import messages as m
 from sidecar.protocol import startup
-from sidecar.protocol.authentication import MECHANISM, ScramVerifier, ServerExchange
+from sidecar.proxy.authenticate import Authenticator
 from sidecar.proxy.relay import Client, PoolTables, Registry, Relay
 from sidecar.proxy.settings import Settings, from_startup
 
@@ -40,8 +40,8 @@ class Host(Registry, Protocol):
 
     def tables(self, pool: str) -> PoolTables: ...
 
-    def verifier(self, user: str, pool: str | None) -> ScramVerifier | None:
-        """What this user has to prove; None: nothing (trust)."""
+    @property
+    def authenticator(self) -> Authenticator: ...
 
     def admit(self) -> None:
         """Raises PoolSaturated or PoolClosed if no further client is allowed."""
@@ -72,10 +72,10 @@ class Session:
         self._is_unwanted = False  # abort as soon as there is a transport
         self._is_paused = False
         self._pool: str | None = None  # as soon as it is known
-        self._address = "unknown"
+        self.address = "unknown"
 
     def __repr__(self) -> str:
-        return f"<Session {self._address} in login>"
+        return f"<Session {self.address} in login>"
 
     # -- asyncio.Protocol ----------------------------------------------------------------------
 
@@ -84,7 +84,7 @@ class Session:
         if self._is_unwanted:
             transport.abort()
             return
-        self._address = _address_of(transport)
+        self.address = _address_of(transport)
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family != socket.AF_UNIX:
             # a client whose host is gone must not keep its place for ever
@@ -141,7 +141,7 @@ class Session:
         except _Gone:
             outcome = None
         except Exception:
-            log.exception("login failed", extra={"client": self._address})
+            log.exception("login failed", extra={"client": self.address})
             self._refuse(SidecarError("internal error of the connection pool"))
         finally:
             self._host.login_ended(self, outcome)
@@ -159,7 +159,7 @@ class Session:
         user = packet.text(b"user")
         database = packet.text(b"database") or user
         pool, no_pool = self._find_pool(database)
-        await self._authenticate(user)
+        await self._host.authenticator.authenticate(self, user, database, pool, deadline)
         if pool is None:
             assert no_pool is not None
             raise no_pool
@@ -171,7 +171,7 @@ class Session:
         if self._is_closed:
             raise _Gone
         settings = tables.settings.intern(from_startup(packet, tables.pool.opener.parameters))
-        relay = Relay(tables, self._host, Client(user, database, self._address), settings)
+        relay = Relay(tables, self._host, Client(user, database, self.address), settings)
         self._host.register(relay)
         self._hand_over(relay, tables, settings)
         return ClientOutcome.ACCEPTED
@@ -197,7 +197,7 @@ class Session:
                 sqlstate="0A000",
             )
         if packet.minor > startup.NEWEST_MINOR or packet.unknown_options:
-            self._write(m.negotiate_protocol_version(startup.NEWEST_MINOR, packet.unknown_options))
+            self.write(m.negotiate_protocol_version(startup.NEWEST_MINOR, packet.unknown_options))
 
     def _hand_over(self, relay: Relay, tables: PoolTables, settings: Settings) -> None:
         values = (settings.canonical or settings).values
@@ -205,7 +205,7 @@ class Session:
             m.parameter_status(name, values.get(name.lower(), value))
             for name, value in tables.pool.opener.parameters.items()
         ]
-        self._write(
+        self.write(
             m.authentication(m.AUTH_OK)
             + b"".join(told)
             + m.backend_key_data(relay.pid, relay.secret)
@@ -231,43 +231,24 @@ class Session:
             if self._buffer:
                 # Whoever sits in between could have put it there (CVE-2021-23214).
                 raise ClientProtocolError("received unencrypted data after an encryption request")
-            self._write(b"N")
+            self.write(b"N")
         raise ClientProtocolError("too many encryption requests")
 
-    # -- authentication ------------------------------------------------------------------------
+    # -- a client that is not proven yet (see ``authenticate``) ----------------------------------
 
-    async def _authenticate(self, user: str) -> None:
-        verifier = self._host.verifier(user, self._pool)
-        if verifier is None:
-            return
-        try:
-            await self._scram(ServerExchange(verifier))
-        except AuthenticationFailed as exc:
-            if exc.sqlstate == "28P01":
-                exc = AuthenticationFailed(f'password authentication failed for user "{user}"')
-            log.warning(
-                "authentication failed",
-                extra={"client": self._address, "user": user, "pool": self._pool},
-            )
-            raise exc from None
-
-    async def _scram(self, exchange: ServerExchange) -> None:
-        self._write(m.authentication(m.AUTH_SASL, MECHANISM.encode() + b"\0\0"))
-        body = await self._password_message()
-        mechanism, _, rest = body.partition(b"\0")
-        if mechanism != MECHANISM.encode() or len(rest) < 4:
-            raise ClientProtocolError("client selected an invalid SASL authentication mechanism")
-        self._write(m.authentication(m.AUTH_SASL_CONTINUE, exchange.first(rest[4:])))
-        final = exchange.final(await self._password_message())
-        self._write(m.authentication(m.AUTH_SASL_FINAL, final))
-
-    async def _password_message(self) -> bytes:
+    async def password_message(self) -> bytes:
         kind, length = m.HEADER.unpack(await self._peek(5))
         if kind != m.PASSWORD or not 4 <= length <= _MAX_PASSWORD:
             raise ClientProtocolError(
                 f"expected password response, got message type {kind} of {length} bytes"
             )
         return (await self._take(1 + length))[5:]
+
+    async def linger(self, seconds: float) -> None:
+        until = clock() + seconds
+        while not self._is_closed and (left := until - clock()) > 0:
+            self._wake = asyncio.get_running_loop().create_future()
+            await asyncio.wait((self._wake,), timeout=left)
 
     # -- bytes ---------------------------------------------------------------------------------
 
@@ -288,7 +269,7 @@ class Session:
         if self._wake is not None and not self._wake.done():
             self._wake.set_result(None)
 
-    def _write(self, data: bytes) -> None:
+    def write(self, data: bytes) -> None:
         if not self._is_closed:
             self._host.traffic.client_sent += len(data)
             self._transport.write(data)
@@ -297,13 +278,13 @@ class Session:
         log.info(
             "client refused",
             extra={
-                "client": self._address,
+                "client": self.address,
                 "pool": self._pool,
                 "sqlstate": error.sqlstate,
                 "cause": error.message,
             },
         )
-        self._write(
+        self.write(
             m.error_response(
                 "FATAL", error.sqlstate, error.message, detail=error.detail, hint=error.hint
             )
