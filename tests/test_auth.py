@@ -305,25 +305,6 @@ def test_other_protocols_are_refused(trusting, version):
     assert (fields["C"], fields["M"].partition(" frontend")[0]) == ("0A000", "unsupported")
 
 
-@pytest.mark.parametrize(
-    ("version", "options", "unknown"),
-    [
-        (3 << 16 | 2, {}, []),
-        (3 << 16 | 9999, {}, []),
-        (3 << 16, {"_pq_.some": "on"}, [b"_pq_.some"]),
-        (3 << 16 | 2, {"_pq_.a": "", "_pq_.b": "x"}, [b"_pq_.a", b"_pq_.b"]),
-    ],
-)
-def test_newer_protocol_is_negotiated_down(trusting, version, options, unknown):
-    with trusting.connect() as client:
-        client.send(startup({"user": "app", "database": "main", **options}, version))
-        messages = client.until_ready()
-        assert kinds(messages).startswith("vR")
-        names = b"".join(name + b"\0" for name in unknown)
-        assert messages[0].body == struct.pack("!II", 3 << 16, len(unknown)) + names
-        assert client.value("select 1") == "1"
-
-
 def test_libpq_that_wants_the_latest_protocol_gets_in(trusting):
     with psycopg.connect(trusting.dsn(max_protocol_version="latest")) as connection:
         assert connection.execute("select 1").fetchone() == (1,)

@@ -59,9 +59,9 @@ def test_other_protocols_are_not_taken_for_a_client(head):
         packet_length(head)
 
 
-@pytest.mark.parametrize("code", [80877103, 80877104])
-def test_encryption_requests_are_known(code):
-    assert parse_startup(packet(code)) == EncryptionRequest()
+@pytest.mark.parametrize(("code", "is_tls"), [(80877103, True), (80877104, False)])
+def test_encryption_requests_are_known(code, is_tls):
+    assert parse_startup(packet(code)) == EncryptionRequest(is_tls)
 
 
 @pytest.mark.parametrize("secret", [b"1234", b"x" * 32, b"y" * 256])

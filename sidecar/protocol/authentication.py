@@ -89,19 +89,43 @@ def mock_verifier(user: str) -> ScramVerifier:
 
 
 class ServerExchange:
-    """We are the server: a client proves that it knows the password."""
+    """We are the server: a client proves that it knows the password.
 
-    def __init__(self, verifier: ScramVerifier) -> None:
+    ``end_point`` is our certificate's hash (``server_end_point``) where the connection has TLS and we
+    have offered to bind the login to it; ``is_bound`` where the client has chosen that.
+    """
+
+    def __init__(
+        self, verifier: ScramVerifier, *, end_point: bytes | None = None, is_bound: bool = False
+    ) -> None:
         self.keys: ScramKeys | None = None
         """After ``final``: what the client's proof gave away, enough to log in to the server as it."""
         self._verifier = verifier
         self._said: list[bytes] = []
         known = (verifier.salt, verifier.stored_key, verifier.server_key, verifier.iterations)
         # The name inside SCRAM is ignored, as PostgreSQL does: libpq sends an empty one.
-        self._scram = scramp.ScramMechanism(MECHANISM).make_server(lambda _user: known)
+        self._is_bound = is_bound
+        self._has_offered = end_point is not None
+        self._scram = scramp.ScramMechanism(MECHANISM_PLUS if is_bound else MECHANISM).make_server(
+            lambda _user: known,
+            None if end_point is None else ("tls-server-end-point", end_point),
+        )
 
     def first(self, data: bytes) -> bytes:
         """client-first-message to server-first-message. Raises AuthenticationFailed."""
+        if self._has_offered and data[:1] == b"y":
+            # Somebody in between has taken our offer away (RFC 5802, 6).
+            raise AuthenticationFailed(
+                "SCRAM channel binding negotiation error",
+                detail="The client supports SCRAM channel binding but thinks the server does not."
+                "  However, this server does support channel binding.",
+                sqlstate="28000",
+            )
+        if (data[:1] == b"p") != self._is_bound:
+            raise AuthenticationFailed(
+                "malformed SCRAM message: channel binding in it is not that of the mechanism",
+                sqlstate="08P01",
+            )
         try:
             self._scram.set_client_first(data.decode("utf-8"))
             challenge = str(self._scram.get_server_first()).encode()
@@ -116,6 +140,10 @@ class ServerExchange:
             self._scram.set_client_final(data.decode("utf-8"))
             answer = str(self._scram.get_server_final()).encode()
         except _REFUSED as exc:
+            if "channel-bindings-dont-match" in str(exc):
+                raise AuthenticationFailed(
+                    "SCRAM channel binding check failed", sqlstate="28000"
+                ) from exc
             raise AuthenticationFailed("password authentication failed") from exc
         part = dict(each.split(b"=", 1) for each in data.split(b","))
         said = b",".join([*self._said, b"c=" + part[b"c"], b"r=" + part[b"r"]])

@@ -1,7 +1,7 @@
 """What a client sends before the first typed message: startup packets.
 
-Pure. PostgreSQL 18 manual, 54.2.1 "Start-up", 54.2.9 "Canceling requests", 54.2.11 "SSL session
-encryption". A startup packet has a length but no type byte.
+Pure. PostgreSQL 18 manual, 54.1.4 "Protocol versions", 54.2.1 "Start-up", 54.2.9 "Canceling
+requests", 54.2.11 "SSL session encryption". A startup packet has a length but no type byte.
 """
 
 import struct
@@ -12,8 +12,11 @@ from sidecar.errors import ClientProtocolError
 MAX_STARTUP_PACKET = 10_000
 """Bytes; PostgreSQL's own limit (MAX_STARTUP_PACKET_LENGTH in libpq/pqcomm.h)."""
 
-NEWEST_MINOR = 0
-"""The newest minor version of protocol 3 that we speak."""
+NEWEST_MINOR = 2
+"""The newest minor version of protocol 3 that we speak. 3.1 was never used, and counts as 3.0."""
+
+TLS_HELLO = 0x16
+"""First byte of a client that begins with TLS at once: a handshake record (RFC 8446, 5.1)."""
 
 _CANCEL = 80877102
 _SSL = 80877103
@@ -24,7 +27,9 @@ _INT = struct.Struct("!I")
 
 @dataclass(frozen=True, slots=True)
 class EncryptionRequest:
-    """SSLRequest or GSSENCRequest."""
+    """SSLRequest, or GSSENCRequest."""
+
+    is_tls: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,11 @@ class StartupMessage:
     minor: int
     parameters: dict[bytes, bytes]
     unknown_options: tuple[bytes, ...]  # names that begin with _pq_.
+
+    @property
+    def secret_size(self) -> int:
+        """Bytes of a cancel key's secret: what PostgreSQL 18 gives a client of this version."""
+        return 32 if self.minor >= 2 else 4
 
     def text(self, name: bytes) -> str:
         """A parameter for messages and look-ups; empty if the client did not send it."""
@@ -66,7 +76,7 @@ def parse_startup(packet: bytes) -> StartupPacket:
     """One whole startup packet. Raises ClientProtocolError for anything that is not one."""
     code: int = _INT.unpack_from(packet, 4)[0]
     if code in (_SSL, _GSSENC):
-        return EncryptionRequest()
+        return EncryptionRequest(is_tls=code == _SSL)
     if code == _CANCEL:
         # 256 bytes is the longest secret of protocol 3.2
         if not 16 <= len(packet) <= 12 + 256:
@@ -75,7 +85,7 @@ def parse_startup(packet: bytes) -> StartupPacket:
     major, minor = code >> 16, code & 0xFFFF
     if major != 3:
         raise ClientProtocolError(
-            f"unsupported frontend protocol {major}.{minor}: server supports 3.0",
+            f"unsupported frontend protocol {major}.{minor}: server supports 3.0 to 3.{NEWEST_MINOR}",
             sqlstate="0A000",
         )
     return _startup_message(minor, packet[8:])

@@ -12,7 +12,12 @@ from sidecar.config import Config, PoolConfig
 from sidecar.errors import AuthenticationFailed, ClientProtocolError
 from sidecar.pool.server import clock
 from sidecar.protocol import messages as m
-from sidecar.protocol.authentication import MECHANISM, ServerExchange, mock_verifier
+from sidecar.protocol.authentication import (
+    MECHANISM,
+    MECHANISM_PLUS,
+    ServerExchange,
+    mock_verifier,
+)
 from sidecar.proxy.credentials import Credential, Credentials
 from sidecar.proxy.login import Login
 
@@ -25,6 +30,16 @@ class Unproven(Protocol):
     @property
     def address(self) -> str:
         """For messages and the log."""
+
+    @property
+    def is_encrypted(self) -> bool: ...
+
+    @property
+    def end_point(self) -> bytes | None:
+        """What a login over TLS can be bound to; None: nothing."""
+
+    def certificate_name(self) -> str | None:
+        """The common name in its certificate, proved by TLS and signed by a CA of ours."""
 
     def write(self, data: bytes) -> None: ...
 
@@ -71,17 +86,24 @@ class Authenticator:
     async def _scram(
         self, client: Unproven, user: str, database: str, credential: Credential
     ) -> Login:
-        exchange = ServerExchange(credential.verifier)
-        client.write(m.authentication(m.AUTH_SASL, MECHANISM.encode() + b"\0\0"))
+        offered = [MECHANISM.encode()]
+        if client.end_point is not None:
+            offered.insert(0, MECHANISM_PLUS.encode())
+        client.write(m.authentication(m.AUTH_SASL, b"\0".join(offered) + b"\0\0"))
         body = await client.password_message()
         mechanism, _, rest = body.partition(b"\0")
-        if mechanism != MECHANISM.encode() or len(rest) < 4:
+        if mechanism not in offered or len(rest) < 4:
             raise ClientProtocolError("client selected an invalid SASL authentication mechanism")
+        exchange = ServerExchange(
+            credential.verifier,
+            end_point=client.end_point,
+            is_bound=mechanism == MECHANISM_PLUS.encode(),
+        )
         client.write(m.authentication(m.AUTH_SASL_CONTINUE, exchange.first(rest[4:])))
         try:
             final = exchange.final(await client.password_message())
-        except AuthenticationFailed:
-            raise _wrong_password(user) from None
+        except AuthenticationFailed as exc:
+            raise _wrong_password(user) if exc.sqlstate == "28P01" else exc from None
         client.write(m.authentication(m.AUTH_SASL_FINAL, final))
         return Login(user, database, exchange.keys, credential.password)
 

@@ -19,6 +19,7 @@ from sidecar.events import ClientOutcome, Listener, Observer
 from sidecar.pool.opening import Spawn
 from sidecar.protocol.startup import CancelRequest
 from sidecar.proxy.authenticate import Authenticator
+from sidecar.proxy.certificates import Certificates, Identity
 from sidecar.proxy.relay import PoolTables, Relay
 from sidecar.proxy.session import Session
 
@@ -45,8 +46,14 @@ class PgListener:
         self._servers: list[asyncio.Server] = []
         self._socket_path: Path | None = None
         self._logins: set[Session] = set()
-        self._relays: dict[int, Relay] = {}
+        self._relays: set[Relay] = set()
+        self._keys: dict[int, list[Relay]] = {}
+        """By the pid of their cancel keys. Those who keep a server connection have its backend's, one
+        after the other, and we may have chosen the same for another client."""
         self._next_pid = secrets.randbelow(1 << 30) + 1
+        self._certificates: Certificates | None = None
+        if config.listen.tls_cert_file is not None and config.listen.tls_mode != "disable":
+            self._certificates = Certificates(config.listen)
         self.is_draining = False
         self.authenticator: Final = Authenticator(config)
         self.traffic: Final = observer.traffic
@@ -58,6 +65,8 @@ class PgListener:
     async def start(self) -> None:
         """Listen. Raises ConfigError if an address cannot be used."""
         listen = self._config.listen
+        if self._certificates is not None:
+            await self._certificates.load()
         loop = asyncio.get_running_loop()
         if listen.host:
             try:
@@ -108,12 +117,12 @@ class PgListener:
             server.close()
         if self._socket_path is not None:
             self._socket_path.unlink(missing_ok=True)
-        for relay in list(self._relays.values()):
+        for relay in list(self._relays):
             relay.shut_down()
 
     def end_all(self) -> None:
         """Close the clients that are still there."""
-        for relay in list(self._relays.values()):
+        for relay in list(self._relays):
             relay.end()
         for session in list(self._logins):
             session.abort()
@@ -142,23 +151,33 @@ class PgListener:
                 hint="The limit is listen.max_clients.",
             )
 
-    def register(self, relay: Relay) -> None:
-        """Give the relay its cancel key."""
-        while self._next_pid in self._relays:
-            self._next_pid = self._next_pid % 0x7FFFFFFF + 1
-        relay.pid = self._next_pid
-        relay.secret = secrets.token_bytes(4)
-        self._relays[relay.pid] = relay
-        self._next_pid = self._next_pid % 0x7FFFFFFF + 1
+    def register(self, relay: Relay, pid: int | None = None) -> None:
+        """Let cancel requests find the relay. ``pid`` is its backend's, where it has one of its own."""
+        if pid is None:
+            while self._next_pid in self._keys:
+                self._next_pid = self._next_pid % 0x7FFFFFFF + 1
+            pid = self._next_pid
+            self._next_pid = pid % 0x7FFFFFFF + 1
+        relay.pid = pid
+        self._relays.add(relay)
+        self._keys.setdefault(pid, []).append(relay)
 
     def gone(self, relay: Relay) -> None:
-        self._relays.pop(relay.pid, None)
+        self._relays.discard(relay)
+        sharing = self._keys.get(relay.pid)
+        if sharing is not None and relay in sharing:
+            sharing.remove(relay)
+            if not sharing:
+                del self._keys[relay.pid]
 
     def cancel(self, request: CancelRequest) -> asyncio.Future[None] | None:
-        relay = self._relays.get(request.pid)
-        if relay is not None and hmac.compare_digest(relay.secret, request.secret):
-            return relay.cancel()
-        return None
+        """Takes as long for every wrong secret, so that none can be found by trying."""
+        meant = [
+            relay
+            for relay in self._keys.get(request.pid, ())
+            if hmac.compare_digest(relay.secret, request.secret)
+        ]
+        return meant[0].cancel() if meant else None
 
     def login_ended(self, session: Session, outcome: ClientOutcome | None) -> None:
         self._logins.discard(session)
@@ -167,6 +186,20 @@ class PgListener:
 
     def login_timed_out(self, pool: str | None) -> None:
         self._observer.login_timed_out(pool)
+
+    # -- TLS -----------------------------------------------------------------------------------
+
+    @property
+    def requires_tls(self) -> bool:
+        return self._config.listen.tls_mode == "require"
+
+    async def identity(self) -> Identity | None:
+        return None if self._certificates is None else await self._certificates.identity()
+
+    async def reload_certificates(self) -> None:
+        """Read the files of TLS now. Raises ConfigError, and then goes on with what it had."""
+        if self._certificates is not None:
+            await self._certificates.load()
 
 
 def _remove_stale_socket(path: Path) -> None:

@@ -6,6 +6,7 @@ each client in login, bounded by ``login_timeout``; it ends with the login.
 
 import asyncio
 import logging
+import secrets
 import socket
 from typing import Any, Final, Protocol
 
@@ -16,8 +17,10 @@ from sidecar.pool.server import clock
 from sidecar.protocol import messages as m
 from sidecar.protocol import startup
 from sidecar.proxy.authenticate import Authenticator
+from sidecar.proxy.certificates import Identity
 from sidecar.proxy.relay import Client, PoolTables, Registry, Relay
 from sidecar.proxy.settings import Settings, from_startup
+from sidecar.proxy.tls import ALPN, HandshakeFailed, TlsTransport
 
 log = logging.getLogger("pgsidecar.proxy")
 
@@ -36,6 +39,13 @@ class Host(Registry, Protocol):
     @property
     def login_timeout(self) -> float: ...
 
+    @property
+    def requires_tls(self) -> bool:
+        """Of clients that come over TCP."""
+
+    async def identity(self) -> Identity | None:
+        """What TLS is done with; None: it is not."""
+
     def pool_for(self, database: str) -> PoolConfig: ...
 
     def tables(self, pool: str) -> PoolTables: ...
@@ -46,7 +56,7 @@ class Host(Registry, Protocol):
     def admit(self) -> None:
         """Raises PoolSaturated or PoolClosed if no further client is allowed."""
 
-    def register(self, relay: Relay) -> None: ...
+    def register(self, relay: Relay, pid: int | None = None) -> None: ...
 
     def cancel(self, request: startup.CancelRequest) -> asyncio.Future[None] | None:
         """Pass it on. The future is done when the server has it; None: nobody has to be asked."""
@@ -71,6 +81,9 @@ class Session:
         self._is_closed = False
         self._is_unwanted = False  # abort as soon as there is a transport
         self._is_paused = False
+        self._is_local = False  # over a Unix socket
+        self._tls: TlsTransport | None = None  # once the handshake is done
+        self.end_point: bytes | None = None  # what a login over TLS can be bound to
         self._pool: str | None = None  # as soon as it is known
         self.address = "unknown"
 
@@ -86,7 +99,8 @@ class Session:
             return
         self.address = _address_of(transport)
         sock = transport.get_extra_info("socket")
-        if sock is not None and sock.family != socket.AF_UNIX:
+        self._is_local = sock is not None and sock.family == socket.AF_UNIX
+        if sock is not None and not self._is_local:
             # a client whose host is gone must not keep its place for ever
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
@@ -138,8 +152,10 @@ class Session:
             self._refuse(exc)
         except SidecarError as exc:
             self._refuse(exc)
-        except _Gone:
+        except (_Gone, EOFError):
             outcome = None
+        except HandshakeFailed as exc:
+            self._close_unheard(f"could not accept SSL connection: {exc}")
         except Exception:
             log.exception("login failed", extra={"client": self.address})
             self._refuse(SidecarError("internal error of the connection pool"))
@@ -147,7 +163,7 @@ class Session:
             self._host.login_ended(self, outcome)
 
     async def _log_in(self, deadline: float) -> ClientOutcome | None:
-        packet = await self._startup_packet()
+        packet = await self._first_packet()
         if isinstance(packet, startup.CancelRequest):
             arriving = self._host.cancel(packet)
             if arriving is not None:
@@ -172,6 +188,7 @@ class Session:
             raise _Gone
         settings = tables.settings.intern(from_startup(packet, tables.pool.opener.parameters))
         relay = Relay(tables, self._host, Client(user, database, self.address), settings)
+        relay.secret = secrets.token_bytes(packet.secret_size)
         self._host.register(relay)
         self._hand_over(relay, tables, settings)
         return ClientOutcome.ACCEPTED
@@ -196,8 +213,16 @@ class Session:
                 hint="Connect to the server directly.",
                 sqlstate="0A000",
             )
+        if self._host.requires_tls and self._tls is None and not self._is_local:
+            raise SidecarError(
+                f'no encryption: connections of user "{packet.text(b"user")}" from'
+                f" {self.address} have to use SSL",
+                hint="Connect with sslmode=require, or a stricter one (listen.tls_mode is require).",
+                sqlstate="28000",
+            )
         if packet.minor > startup.NEWEST_MINOR or packet.unknown_options:
-            self.write(m.negotiate_protocol_version(startup.NEWEST_MINOR, packet.unknown_options))
+            minor = min(packet.minor, startup.NEWEST_MINOR)
+            self.write(m.negotiate_protocol_version(minor, packet.unknown_options))
 
     def _hand_over(self, relay: Relay, tables: PoolTables, settings: Settings) -> None:
         values = (settings.canonical or settings).values
@@ -222,17 +247,76 @@ class Session:
 
     # -- startup packet ------------------------------------------------------------------------
 
-    async def _startup_packet(self) -> startup.CancelRequest | startup.StartupMessage:
+    async def _first_packet(self) -> startup.CancelRequest | startup.StartupMessage:
+        """The first packet that is not about encryption; over TLS, if the client asks for it."""
+        if (await self._peek(1))[0] == startup.TLS_HELLO:
+            await self._encrypt_directly()
         for _ in range(3):  # GSSENCRequest, SSLRequest, then the real one
             length = startup.packet_length(await self._peek(4))
             packet = startup.parse_startup(await self._take(length))
             if not isinstance(packet, startup.EncryptionRequest):
                 return packet
+            if self._tls is not None:
+                raise ClientProtocolError("an encryption request over an encrypted connection")
+            identity = await self._identity() if packet.is_tls else None
             if self._buffer:
                 # Whoever sits in between could have put it there (CVE-2021-23214).
-                raise ClientProtocolError("received unencrypted data after an encryption request")
-            self.write(b"N")
+                raise ClientProtocolError(
+                    "received unencrypted data after an encryption request",
+                    detail="This could be either a client-software bug or evidence of an attempted"
+                    " man-in-the-middle attack.",
+                )
+            if identity is None:
+                self.write(b"N")
+            else:
+                await self._encrypt(identity, b"S")
         raise ClientProtocolError("too many encryption requests")
+
+    async def _identity(self) -> Identity | None:
+        """As PostgreSQL's, our Unix socket has no TLS."""
+        return None if self._is_local else await self._host.identity()
+
+    async def _encrypt_directly(self) -> None:
+        """TLS from the first byte (sslnegotiation=direct). The protocol has to be named in it: else
+        a browser could be made to talk here (54.2.11)."""
+        identity = await self._identity()
+        if identity is None:
+            raise ClientProtocolError("direct SSL connection where there is no SSL")
+        tls = await self._encrypt(identity, b"")
+        if tls.application_protocol != ALPN:
+            raise ClientProtocolError(
+                "received direct SSL connection request without ALPN protocol negotiation extension"
+            )
+
+    async def _encrypt(self, identity: Identity, answer: bytes) -> TlsTransport:
+        self.write(answer)
+        received, self._buffer = self._buffer, b""
+        self._host.traffic.client_received -= len(received)  # what TLS carries is counted
+        self._is_paused = False  # the handshake reads on
+        tls = TlsTransport(self._transport, identity.context, self)
+        self._transport = tls
+        await tls.handshake(received)
+        self._tls = tls
+        self.end_point = identity.end_point
+        log.debug(
+            "client encrypted",
+            extra={"client": self.address, "version": tls.version, "cipher": tls.cipher},
+        )
+        return tls
+
+    # -- what TLS has shown --------------------------------------------------------------------
+
+    @property
+    def is_encrypted(self) -> bool:
+        return self._tls is not None
+
+    def certificate_name(self) -> str | None:
+        """The common name in the client's certificate, which a CA of ours has signed; None: it has
+        shown none, or the certificate has no name that could be a user's."""
+        for kind, value in [] if self._tls is None else self._tls.subject():
+            if kind == "commonName":
+                return None if "\0" in value else value  # a user's name ends there (CVE-2009-4034)
+        return None
 
     # -- a client that is not proven yet (see ``authenticate``) ----------------------------------
 
@@ -273,6 +357,19 @@ class Session:
         if not self._is_closed:
             self._host.traffic.client_sent += len(data)
             self._transport.write(data)
+
+    def _close_unheard(self, cause: str) -> None:
+        """Close without an error: the client could not read it."""
+        log.info(
+            "client refused",
+            extra={
+                "client": self.address,
+                "pool": self._pool,
+                "sqlstate": "08P01",
+                "cause": cause,
+            },
+        )
+        self._transport.close()
 
     def _refuse(self, error: SidecarError) -> None:
         log.info(
