@@ -1,14 +1,15 @@
 """What a query does, told from its text as cheaply as it can be: operation and session effects.
 
-Pure. A lexical look only: it sees ``SET`` and ``LISTEN``, not what a function does inside. In
-simple mode every text is new, so the common case (one DML statement) must cost well under a
-microsecond; only a text with a suspicious word is looked at closely.
+Pure. A lexical look only: it sees ``SET`` and ``LISTEN``, not what a function does inside. What it
+sees is a suspicion, on the safe side: whether a transaction left something behind, the server is
+asked (``proxy.pins``). In simple mode every text is new, so the common case (one DML statement)
+must cost well under a microsecond; only a text with a suspicious word is looked at closely.
 """
 
 import re
 from typing import Final
 
-from sidecar.events import Operation, PinReason
+from sidecar.events import Operation
 
 REPORTED_SETTINGS: Final = frozenset(
     {
@@ -28,19 +29,43 @@ are carried over by ``proxy.settings`` and need no pin."""
 
 NONE: Final[frozenset[bytes]] = frozenset()
 
+# Effects that may outlive the transaction: bits, since a text can have several.
+SETTING: Final = 1  # a setting whose value can be carried to another connection
+ROLE: Final = 2
+LISTEN: Final = 4
+TEMP_TABLE: Final = 8
+ADVISORY_LOCK: Final = 16
+CURSOR: Final = 32
+PREPARE: Final = 64
+LOAD: Final = 128  # a library: nothing takes it out again
+UNDO: Final = 256  # takes one of them back, perhaps
+DEALLOCATE: Final = 512  # one statement that names one prepared statement
+UNNAMED: Final = 1024  # a setting whose name is not in the text
+
+LASTING: Final = ROLE | UNNAMED | LISTEN | TEMP_TABLE | ADVISORY_LOCK | CURSOR | PREPARE | LOAD
+"""Effects that keep a connection with its client."""
+
+UNKNOWN: Final = LASTING & ~(LOAD | UNNAMED) | SETTING | UNDO
+"""Of a text that cannot be looked at."""
+
 
 class Query:
-    """One text: its operation, why it pins a server connection, and the settings that it resets
-    (``all``: every one)."""
+    """One text: its operation, its effects, the settings that it resets (``all``: every one), and
+    the names with a dot among those that it sets: a server does not list them."""
 
-    __slots__ = ("operation", "pin", "resets")
+    __slots__ = ("effects", "names", "operation", "resets")
 
     def __init__(
-        self, operation: int, pin: PinReason | None, resets: frozenset[bytes] = NONE
+        self,
+        operation: int,
+        effects: int,
+        resets: frozenset[bytes] = NONE,
+        names: frozenset[bytes] = NONE,
     ) -> None:
         self.operation: Final[int] = operation
-        self.pin: Final = pin
+        self.effects: Final[int] = effects
         self.resets: Final = resets
+        self.names: Final = names
 
 
 _OPERATIONS: Final = {
@@ -82,7 +107,7 @@ _LOOKED_AT: Final = 64 * 1024  # bytes
 _first_word = re.compile(rb"(?>[\s(;]+|--[^\n]*\n|/\*.*?\*/)*+([a-z]+)", re.DOTALL).match
 
 # Plain DML takes this exit; one Query object for each operation.
-_PLAIN: Final = {op: Query(int(op), None) for op in Operation}
+_PLAIN: Final = {op: Query(int(op), 0) for op in Operation}
 
 # What has no end goes on to the end of the text, as it does for the server, which then refuses it.
 # Comments nest; two levels are enough for people.
@@ -102,26 +127,32 @@ _TOKENS = re.compile(
 
 # Of one statement without comments and texts, its words one blank apart.
 _EFFECTS: Final = (
-    (PinReason.LISTEN, re.compile(rb"listen\b").match),
-    (PinReason.PREPARE, re.compile(rb"prepare\b(?! transaction\b)").match),
-    (PinReason.CURSOR, re.compile(rb"declare\b.*\bwith hold\b").match),
+    (LISTEN, re.compile(rb"listen\b").match),
+    (PREPARE, re.compile(rb"prepare\b(?! transaction\b)").match),
+    (CURSOR, re.compile(rb"declare\b.*\bwith hold\b").match),
     (
-        PinReason.TEMP_TABLE,
+        TEMP_TABLE,
         re.compile(
             rb"\bcreate (?:or replace )?(?:(?:global|local) )?temp(?:orary)?\b"
             rb"|(?<!insert )(?<!merge )\binto (?:(?:global|local) )?temp(?:orary)?\b"
         ).search,
     ),
-    (PinReason.TEMP_TABLE, re.compile(rb"create\b[^(]*\bpg_temp").match),
-    (PinReason.SET, re.compile(rb"load\b").match),
-    (PinReason.ADVISORY_LOCK, re.compile(rb"\bpg_(?:try_)?advisory_lock(?:_shared)? ?\(").search),
+    (TEMP_TABLE, re.compile(rb"create\b[^(]*\bpg_temp").match),
+    (LOAD, re.compile(rb"load\b").match),
+    (ADVISORY_LOCK, re.compile(rb"\bpg_(?:try_)?advisory_lock(?:_shared)? ?\(").search),
+    (UNDO, re.compile(rb"(?:unlisten|drop|close|deallocate|discard)\b").match),
+    (SETTING | UNDO, re.compile(rb"reset\b").match),
+    (UNDO, re.compile(rb"\bpg_advisory_unlock(?:_shared|_all)? ?\(").search),
+    (DEALLOCATE, re.compile(rb"deallocate(?! all\b)(?! prepare all\b)").match),
 )
 _suspicious = re.compile(
-    rb"\b(?:set|reset|listen|prepare|declare|create|into|load|pg_try_advisory|pg_advisory|set_config)"
+    rb"\b(?:set|reset|listen|unlisten|prepare|deallocate|declare|close|create|drop|into|load|discard"
+    rb"|pg_try_advisory|pg_advisory|set_config)"
 ).search
-_set_name = re.compile(rb"set(?: session)?(?: |(?=\"))(\"[^\"]+\"|[^\s=]+)").match
+_set_name = re.compile(rb"set(?: session)?(?: |(?=\"))(\"[^\"]+\"(?:\.\"[^\"]+\")?|[^\s=]+)").match
 _reset_name = re.compile(rb"reset(?: |(?=\"))\"?([^\s\"]+)").match
 _SET_CONFIG = re.compile(rb"\bset_config ?\(")
+_config_names = re.compile(rb"\bset_config\s*\(\s*'([^'\\]+)'\s*,").findall
 _is_local = re.compile(
     rb", ?(?:is_local ?=> ?)?(?:true|'t'|'true')(?: ?:: ?bool(?:ean)?)? ?\)"
 ).search
@@ -146,16 +177,19 @@ def classify(text: bytes) -> Query:
         return _PLAIN[operation]
     if operation == _TRANSACTION and is_single:
         return _PLAIN[operation]
-    # Too long to look at closely without stalling everybody: take the worst for granted.
-    pin, resets = session_effect(low) if len(low) <= _LOOKED_AT else (PinReason.SET, NONE)
-    return Query(int(operation), pin, resets) if pin or resets else _PLAIN[operation]
+    # Too long to look at closely without stalling everybody: anything may be in it.
+    if len(low) > _LOOKED_AT:
+        return Query(int(operation), UNKNOWN)
+    effects, resets, names = session_effects(low)
+    return Query(int(operation), effects, resets, names) if effects or resets else _PLAIN[operation]
 
 
-def session_effect(low: bytes) -> tuple[PinReason | None, frozenset[bytes]]:
-    """Of statements in lower case: why they leave session state behind (None: they do not), and
-    which settings they reset."""
-    pin: PinReason | None = None
+def session_effects(low: bytes) -> tuple[int, frozenset[bytes], frozenset[bytes]]:
+    """Of statements in lower case: their effects, which settings they reset, and which names with
+    a dot they set."""
+    effects = 0
     resets: frozenset[bytes] = NONE
+    names: frozenset[bytes] = NONE
     bare = _TOKENS.sub(_without_text, low)
     statements = bare.split(b";")
     if any(statement.lstrip().startswith(b"do") for statement in statements):
@@ -164,11 +198,41 @@ def session_effect(low: bytes) -> tuple[PinReason | None, frozenset[bytes]]:
         if _suspicious(statement) is None:
             continue
         words = b" ".join(statement.split())
-        pin = pin or _effect_of(words)
+        effects |= _effects_of(words)
+        named = _set_name(words)
+        if named is not None and named[1] != b"local":
+            effects |= _effect_of_set(named[1], words)
+            names |= _dotted(named[1])
+        if _sets_config(words):
+            known = _config_names(low)
+            # all of them, local or not: it does no harm to ask for one that is not set
+            names = names.union(*map(_dotted, known))
+            is_known = len(known) == len(_SET_CONFIG.findall(bare))
+            effects |= SETTING if is_known else SETTING | UNNAMED
         reset = _reset_name(words)
         if reset is not None:
             resets |= {b"timezone" if reset[1] == b"time" else reset[1]}
-    return pin, resets
+    if effects & DEALLOCATE and len([each for each in statements if each.strip()]) > 1:
+        effects &= ~DEALLOCATE
+    return effects, resets, names
+
+
+def deallocated(text: bytes) -> bytes:
+    """Which prepared statement a text with the effect ``DEALLOCATE`` names, as the server folds it."""
+    bare = _TOKENS.sub(lambda m: b" " if m["comment"] is not None else m[0], text.lower())
+    found = _deallocate(bare)
+    if found is None:
+        return b""
+    if found[1] is not None:
+        quoted = text[text.find(b'"') + 1 : text.rfind(b'"')]
+        return quoted.replace(b'""', b'"')
+    name: bytes = found[2]
+    return name
+
+
+_deallocate = re.compile(
+    rb"\s*deallocate(?:\s+prepare\b)?\s*(?:(\"(?:[^\"]|\"\")+\")|([^\s;\"]+))"
+).match
 
 
 def _without_text(match: re.Match[bytes]) -> bytes:
@@ -180,22 +244,31 @@ def _without_text(match: re.Match[bytes]) -> bytes:
     return match[0].replace(b";", b"_") if match["name"] is not None else b" '' "
 
 
-def _effect_of(words: bytes) -> PinReason | None:
-    named = _set_name(words)
-    if named is not None and _sets_for_session(named[1].strip(b'"')):
-        return PinReason.SET
-    for reason, found in _EFFECTS:
+def _effects_of(words: bytes) -> int:
+    effects = 0
+    for effect, found in _EFFECTS:
         if found(words):
-            return reason
+            effects |= effect
+    return effects
+
+
+def _effect_of_set(name: bytes, words: bytes) -> int:
+    name = name.strip(b'"')
+    if name in (b"transaction", b"constraints") or name in REPORTED_SETTINGS:
+        return 0
+    if name == b"role" or (name == b"authorization" and words.startswith(b"set session")):
+        return ROLE | UNDO  # SET ROLE NONE undoes
+    return SETTING | UNDO  # to DEFAULT, perhaps
+
+
+def _sets_config(words: bytes) -> bool:
     # each call up to the next one: it says itself whether it is local
-    calls = _SET_CONFIG.split(words)[1:]
-    return None if all(_is_local(call) for call in calls) else PinReason.SET
+    return not all(_is_local(call) for call in _SET_CONFIG.split(words)[1:])
 
 
-def _sets_for_session(name: bytes) -> bool:
-    if name in (b"local", b"transaction", b"constraints"):
-        return False
-    return name not in REPORTED_SETTINGS
+def _dotted(name: bytes) -> frozenset[bytes]:
+    name = name.replace(b'"', b"").strip()
+    return frozenset({name}) if b"." in name else NONE
 
 
 def _operation_of(low: bytes) -> Operation:
