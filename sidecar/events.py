@@ -239,6 +239,12 @@ class PoolObserver(Protocol):
     def released(self, held: float) -> None:
         """A lease ended."""
 
+    def pinned(self, reason: PinReason) -> None:
+        """A client keeps its connection beyond the transaction."""
+
+    def parsed(self, reused: bool) -> None:
+        """A client's named statement was needed on a connection; ``reused``: it was there."""
+
     def query_done(self, operation: int, took: float) -> None:
         """A query (one Query, Execute or FunctionCall message) ended, failed or not."""
 

@@ -152,6 +152,7 @@ _suspicious = re.compile(
 _set_name = re.compile(rb"set(?: session)?(?: |(?=\"))(\"[^\"]+\"(?:\.\"[^\"]+\")?|[^\s=]+)").match
 _reset_name = re.compile(rb"reset(?: |(?=\"))\"?([^\s\"]+)").match
 _SET_CONFIG = re.compile(rb"\bset_config ?\(")
+_set_configs = re.compile(rb"\bset_config\s*\(").findall
 _config_names = re.compile(rb"\bset_config\s*\(\s*'([^'\\]+)'\s*,").findall
 _is_local = re.compile(
     rb", ?(?:is_local ?=> ?)?(?:true|'t'|'true')(?: ?:: ?bool(?:ean)?)? ?\)"
@@ -207,7 +208,7 @@ def session_effects(low: bytes) -> tuple[int, frozenset[bytes], frozenset[bytes]
             known = _config_names(low)
             # all of them, local or not: it does no harm to ask for one that is not set
             names = names.union(*map(_dotted, known))
-            is_known = len(known) == len(_SET_CONFIG.findall(bare))
+            is_known = len(known) == len(_set_configs(low))
             effects |= SETTING if is_known else SETTING | UNNAMED
         reset = _reset_name(words)
         if reset is not None:

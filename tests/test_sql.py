@@ -8,11 +8,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sidecar.events import Operation, PinReason
-from sidecar.sql import classify
+from sidecar import sql
+from sidecar.events import Operation
+from sidecar.sql import classify, deallocated
 
-SET, LISTEN, TEMP = PinReason.SET, PinReason.LISTEN, PinReason.TEMP_TABLE
-LOCK, CURSOR, PREPARE = PinReason.ADVISORY_LOCK, PinReason.CURSOR, PinReason.PREPARE
+SET, LISTEN, TEMP, LOAD = sql.SETTING, sql.LISTEN, sql.TEMP_TABLE, sql.LOAD
+LOCK, CURSOR, PREPARE, UNNAMED = sql.ADVISORY_LOCK, sql.CURSOR, sql.PREPARE, sql.UNNAMED
+LEAVING = sql.LASTING | sql.SETTING
 
 
 @pytest.mark.parametrize(
@@ -73,15 +75,18 @@ LEAVES_BEHIND = [
     ('set"work_mem"=1', SET),
     ("set search_path = a, b", SET),
     ("set my.variable = 'x'", SET),
-    ("set role reader", SET),
-    ("set session role reader", SET),
-    ("set session authorization reader", SET),
+    ("set role reader", sql.ROLE),
+    ("set session role reader", sql.ROLE),
+    ("set session authorization reader", sql.ROLE),
     ("set session characteristics as transaction read only", SET),
     ("set schema 'a'", SET),
     ("set xml option document", SET),
-    ("load 'auto_explain'", SET),
+    ("load 'auto_explain'", LOAD),
     ("select set_config('work_mem', '1MB', false)", SET),
     ("select pg_catalog.set_config('work_mem', $1, $2)", SET),
+    ("select set_config($1, $2, false)", SET | UNNAMED),
+    ("select set_config('a.b', 'x', false), set_config(lower('A.C'), 'y', false)", SET | UNNAMED),
+    ("reset work_mem", SET),
     ("select set_config('a.b', 'x', true), set_config('a.c', 'y', false)", SET),
     ("select set_config ( 'a.b' , 'x' , FALSE )", SET),
     ("insert into t select set_config('a.b', 'x', false)", SET),
@@ -125,9 +130,9 @@ LEAVES_BEHIND = [
 ]
 
 
-@pytest.mark.parametrize(("text", "reason"), LEAVES_BEHIND)
-def test_what_outlives_the_transaction_pins(text, reason):
-    assert classify(text.encode()).pin is reason
+@pytest.mark.parametrize(("text", "effects"), LEAVES_BEHIND)
+def test_what_may_outlive_the_transaction_is_suspected(text, effects):
+    assert classify(text.encode()).effects & LEAVING == effects
 
 
 LEAVES_NOTHING = [
@@ -193,14 +198,13 @@ LEAVES_NOTHING = [
     "comment on table t is 'create temp table'",
     "explain select 1",
     "deallocate s",
-    "reset all",
     "discard all",
 ]
 
 
 @pytest.mark.parametrize("text", LEAVES_NOTHING)
-def test_what_ends_with_the_transaction_does_not_pin(text):
-    assert classify(text.encode()).pin is None
+def test_what_ends_with_the_transaction_is_not_suspected(text):
+    assert classify(text.encode()).effects & LEAVING == 0
 
 
 @pytest.mark.parametrize("text", [text for text, _ in LEAVES_BEHIND])
@@ -219,7 +223,7 @@ def test_what_ends_with_the_transaction_does_not_pin(text):
     ],
 )
 def test_what_stands_around_a_statement_hides_nothing(text, around):
-    assert classify(around.format(text).encode()).pin is not None
+    assert classify(around.format(text).encode()).effects & LEAVING
 
 
 steady = settings(deadline=None)  # on a busy machine any example may take long
@@ -233,12 +237,12 @@ SPACES = [" ", "\n", "\t\r\n ", "/* c */", " -- set\n", "/* ' */", "\f\v", "/* a
 )
 def test_spelling_changes_nothing(known, rng: random.Random):
     """Case, white space and comments between words are a matter of taste."""
-    text, reason = known
+    text, effects = known
     words = re.split(r"( )", text)
     odd = "".join(rng.choice(SPACES) if word == " " else word for word in words)
     odd = "".join(rng.choice((c.upper(), c.lower())) for c in rng.choice(SPACES) + odd)
     if "$" not in text:  # the tags of dollar quotes are not a matter of taste
-        assert classify(odd.encode()).pin is reason, odd
+        assert classify(odd.encode()).effects & LEAVING == effects, odd
 
 
 @pytest.mark.parametrize(
@@ -260,6 +264,59 @@ def test_spelling_changes_nothing(known, rng: random.Random):
 )
 def test_what_is_reset_is_told(text, names):
     assert classify(text.encode()).resets == names
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("set my.variable = 'x'", {b"my.variable"}),
+        ('set "My"."Variable" to 1', {b"my.variable"}),
+        ("select set_config('app.user', $1, false)", {b"app.user"}),
+        (
+            "select set_config ( 'App.User' , $1, false), set_config('b.c', '', false)",
+            {b"app.user", b"b.c"},
+        ),
+        ("set work_mem = 1", set()),
+        ("set local my.variable = 'x'", set()),
+        ("select 'set my.variable = 1'", set()),
+    ],
+)
+def test_settings_that_no_server_lists_are_told_by_name(text, names):
+    assert classify(text.encode()).names == names
+
+
+UNDOES = [
+    *("unlisten *", "drop table t", "close c", "close all", "deallocate s", "deallocate all"),
+    *("discard all", "discard temp", "reset all", "reset role", "set role none"),
+    *("select pg_advisory_unlock(1)", "select pg_advisory_unlock_all()", "set work_mem to default"),
+    "select pg_advisory_unlock_shared(1, 2)",
+    "begin; drop table t; commit",
+]
+
+
+@pytest.mark.parametrize("text", UNDOES)
+def test_what_may_undo_an_effect_is_told(text):
+    assert classify(text.encode()).effects & sql.UNDO
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("deallocate s", b"s"),
+        ("DEALLOCATE PREPARE S_1;", b"s_1"),
+        (' /* c */ deallocate "S 1" ', b"S 1"),
+        ('deallocate "a""b"', b'a"b'),
+        ("deallocate all", None),
+        ("deallocate prepare all", None),
+        ("deallocate s; deallocate t", None),
+        ("select 1; deallocate s", None),
+    ],
+)
+def test_which_statement_is_deallocated_is_told(text, name):
+    is_one = bool(classify(text.encode()).effects & sql.DEALLOCATE)
+    assert is_one is (name is not None)
+    if name is not None:
+        assert deallocated(text.encode()) == name
 
 
 PIECES = [
@@ -315,7 +372,7 @@ PIECES = [
 def test_no_text_is_too_odd(text):
     query = classify(text.encode())
     assert Operation(query.operation) in Operation
-    assert query.pin is None or query.pin in PinReason
+    assert 0 <= query.effects < 2048
 
 
 @steady

@@ -28,6 +28,7 @@ from sidecar.events import (
     PoolMode,
     PoolObserver,
     PoolSnapshot,
+    ResetPolicy,
     TimeoutKind,
     Traffic,
 )
@@ -81,7 +82,9 @@ class Pool:
         self.state: Final[PoolState[ServerConnection, Waiter]] = PoolState(
             config.max_size, config.min_idle, config.max_waiting
         )
-        self.resets_always: Final = config.mode is PoolMode.SESSION
+        self.resets_always: Final = (
+            config.mode is PoolMode.SESSION or config.reset is ResetPolicy.ALWAYS
+        )
         self.is_closing = False
         self.last_ping = 0.0  # unix time
         self.opener: Final = Opener(
@@ -235,11 +238,7 @@ class Pool:
             self._close(server, CloseReason.RESET_FAILED, now)
             return
         if server.is_dirty or self.resets_always:
-            server.prepared.clear()
-            server.settings = None
-            server.lacks = {}
-            server.is_dirty = False
-            server.pin = None
+            server.forget_session()
         self._hand_over(server, now)
 
     # -- closing -------------------------------------------------------------------

@@ -56,12 +56,15 @@ class ServerConnection:
         "_closed",
         "_wake",
         "age_limit",
+        "asked",
         "automatic",
         "cancels",
         "close_reason",
         "copy_in",
+        "custom_settings",
         "cycle_failed",
         "deadline",
+        "effects",
         "expected",
         "is_dirty",
         "is_skipping",
@@ -75,6 +78,7 @@ class ServerConnection:
         "parameters",
         "pid",
         "pin",
+        "pinned_at",
         "prepared",
         "query_is_slow",
         "query_started",
@@ -129,7 +133,11 @@ class ServerConnection:
         self.settings: Any = None  # proxy.settings.Settings in force; None as connected
         self.lacks: Mapping[bytes, bytes] = {}  # of its client's settings, since a RESET
         self.is_dirty = False
+        self.effects = 0  # what a client may have left behind, see sql
+        self.asked = 0  # of them, what the server has said is there
+        self.custom_settings: frozenset[bytes] = frozenset()  # set, and listed by no server
         self.pin: PinReason | None = None  # what keeps the lease beyond the transaction
+        self.pinned_at = 0.0
         # login
         self._buffer = b""
         self._wake: asyncio.Future[None] | None = None
@@ -200,6 +208,16 @@ class ServerConnection:
             self.transport.write_eof()
         except OSError:  # from asyncio's own loop, where the server has reset the connection
             self.transport.abort()
+
+    def forget_session(self) -> None:
+        """DISCARD ALL has been done: the session is as it was after the login."""
+        self.prepared.clear()
+        self.settings = None
+        self.lacks = {}
+        self.is_dirty = False
+        self.effects = self.asked = 0
+        self.custom_settings = frozenset()
+        self.pin = None
 
     def abort(self) -> None:
         """Close the socket without further ado; ``owner.lost`` follows."""

@@ -170,6 +170,23 @@ class Carrier:
         server.lacks = {**server.lacks, **taken}
         return self._table.intern({**settings.values, **taken})
 
+    def note_session(
+        self, server: ServerConnection, found: dict[bytes, bytes], *, stays: bool
+    ) -> None:
+        """The server has listed all settings of the session: they go with the client from now on.
+
+        ``stays``: the client keeps the connection.
+        """
+        home = self._home.values
+        self.settings = self._table.intern({**home, **found})
+        self.settings.is_proven = True
+        if stays:
+            server.settings = self.settings
+            server.lacks = {name: value for name, value in home.items() if name not in found}
+        else:
+            server.settings = self._table.intern(found)
+            server.lacks = {}
+
     def take_news(self) -> bytes:
         """What the client has to be told of its settings."""
         news, self._news = b"".join(self._news), []

@@ -15,7 +15,7 @@ from sidecar.events import PinReason
 from sidecar.pool.server import MAX_LOGIN_MESSAGE, ServerConnection
 from sidecar.protocol import messages as m
 from sidecar.proxy import expect
-from sidecar.proxy.settings import literal
+from sidecar.proxy.settings import Settings, literal
 
 REASONS: Final = (
     (sql.TEMP_TABLE, PinReason.TEMP_TABLE),
@@ -41,7 +41,10 @@ _SETTINGS: Final = (
 )
 
 _QUESTIONS: Final = (
-    (sql.LISTEN, b"SELECT 'l', '', '' WHERE EXISTS (SELECT FROM pg_catalog.pg_listening_channels())"),
+    (
+        sql.LISTEN,
+        b"SELECT 'l', '', '' WHERE EXISTS (SELECT FROM pg_catalog.pg_listening_channels())",
+    ),
     (
         sql.TEMP_TABLE,
         b"SELECT 't', '', '' WHERE EXISTS (SELECT FROM pg_catalog.pg_class WHERE relnamespace"
@@ -75,6 +78,14 @@ _ANSWERS: Final[Mapping[bytes, int]] = {
 }
 
 
+def reason_of(effects: int) -> PinReason | None:
+    """Why a connection on which these effects are there stays with its client; None: it does not."""
+    for effect, reason in REASONS:
+        if effects & effect:
+            return reason
+    return None
+
+
 def question(effects: int, names: frozenset[bytes], user: bytes, role: bytes) -> bytes:
     """The SQL that asks whether these effects are there.
 
@@ -101,11 +112,11 @@ def question(effects: int, names: frozenset[bytes], user: bytes, role: bytes) ->
 class Inquiry:
     """One such question, from sending it to its answer."""
 
-    __slots__ = ("_effects", "_failed", "_names", "is_done", "news", "settings", "there")
+    __slots__ = ("_effects", "_failed", "is_done", "news", "settings", "there")
 
-    def __init__(self, server: ServerConnection, user: bytes, role: bytes) -> None:
+    def __init__(self, server: ServerConnection, user: bytes, settings: Settings) -> None:
+        """``user``: as whom the connection logged in. ``settings``: the client's, as far as known."""
         self._effects: Final[int] = server.effects
-        self._names: Final[frozenset[bytes]] = server.custom_settings
         self._failed = False
         self.is_done = False
         self.there = 0
@@ -114,7 +125,8 @@ class Inquiry:
         """All settings of the session by name in lower case; None if they were not asked for."""
         self.news: list[bytes] = []
         """Messages for the client that came in between."""
-        text = question(self._effects, self._names, user, role)
+        names = server.custom_settings.union(name for name in settings.values if b"." in name)
+        text = question(self._effects, names, user, settings.values.get(b"role", b"none"))
         if self._effects & sql.SETTING:
             self.settings = {}
         server.expected.append(expect.SETUP)
@@ -128,7 +140,7 @@ class Inquiry:
         pos = 0
         while len(data) - pos >= 5:
             kind, length = m.HEADER.unpack_from(data, pos)
-            end = pos + 1 + length
+            end: int = pos + 1 + length
             if not 4 <= length <= MAX_LOGIN_MESSAGE:
                 raise ServerProtocolError(f"reply of {length} bytes to our own query")
             if end > len(data):

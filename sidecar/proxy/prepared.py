@@ -11,7 +11,6 @@ from itertools import count
 from typing import Final
 from weakref import WeakValueDictionary
 
-from sidecar.events import PinReason
 from sidecar.pool.server import ServerConnection
 from sidecar.protocol import messages as m
 from sidecar.sql import Query
@@ -23,13 +22,13 @@ class Prepared:
     """A statement that clients of a pool prepared by name: text, parameter types and dialect are
     its identity, the name is the one it has on server connections."""
 
-    __slots__ = ("__weakref__", "name", "operation", "parse", "pin")
+    __slots__ = ("__weakref__", "name", "operation", "parse", "query")
 
-    def __init__(self, name: bytes, parse: bytes, operation: int, pin: PinReason | None) -> None:
+    def __init__(self, name: bytes, parse: bytes, query: Query) -> None:
         self.name: Final = name
         self.parse: Final = parse  # the whole Parse message under that name
-        self.operation: Final = operation
-        self.pin: Final = pin
+        self.operation: Final = query.operation
+        self.query: Final = query if query.effects else None  # where it may leave something behind
 
 
 class PreparedTable:
@@ -51,7 +50,7 @@ class PreparedTable:
         if found is None:
             name = PREFIX + str(next(self._numbers)).encode()
             parse = m.parse(name, definition)
-            found = Prepared(name, parse, query.operation, query.pin)
+            found = Prepared(name, parse, query)
             self._known[definition, dialect] = found
         return found
 

@@ -19,12 +19,13 @@ from sidecar.errors import (
     ServerProtocolError,
     SidecarError,
 )
-from sidecar.events import CloseReason, ErrorOrigin, ErrorReason, Phase, PoolMode
+from sidecar.events import CloseReason, ErrorOrigin, ErrorReason, Phase, PinPolicy, PoolMode
 from sidecar.pool.pool import Pool
 from sidecar.pool.server import ServerConnection, clock
 from sidecar.protocol import messages as m
 from sidecar.proxy import expect
 from sidecar.proxy.carrier import Carrier
+from sidecar.proxy.pins import Inquiry, reason_of
 from sidecar.proxy.prepared import PreparedTable
 from sidecar.proxy.replies import Replies
 from sidecar.proxy.requests import Requests, TextCache
@@ -73,7 +74,10 @@ class Relay:
     __slots__ = (
         "__weakref__",
         "_carrier",
+        "_has_own_query",
         "_holds_lease",
+        "_inquiry",
+        "_is_holding",
         "_is_server_full",
         "_is_unread",
         "_is_write_paused",
@@ -111,7 +115,7 @@ class Relay:
         self.requests: Final = Requests(
             tables.texts,
             tables.statements,
-            renames=pool.config.mode is PoolMode.TRANSACTION,
+            renames=pool.config.mode is not PoolMode.SESSION,
             statement_limit=pool.config.max_prepared_statements,
         )
         self.requests.dialect = self._carrier.settings.dialect
@@ -132,7 +136,10 @@ class Relay:
         self._is_write_paused = False
         self._is_server_full = False  # and the client not read from
         self._is_unread = False  # not read from until it reads: refused without a lease
-        self._setup_rest = b""  # held back until its settings are accepted
+        self._has_own_query = False  # what the server says next answers a query of ours
+        self._is_holding = False  # and the client's messages wait until it is through:
+        self._setup_rest = b""
+        self._inquiry: Inquiry | None = None
         self._unleased: Final = Unleased()
         self._own_time = -1.0  # seconds spent in this lease; negative: not sampled
 
@@ -157,7 +164,7 @@ class Relay:
                 self._hold_back(data)
             else:
                 self._begin(data)
-        elif self._setup_rest:
+        elif self._is_holding:
             self._setup_rest += data
             if len(self._setup_rest) > HELD_BACK:
                 self.transport.pause_reading()
@@ -178,7 +185,7 @@ class Relay:
             self.is_waiting = False
             self._pool.abandon(self, now)
         server = self.server
-        if server is not None:
+        if server is not None and self._inquiry is None:  # else once that is answered
             self._leave(server, CloseReason.CLIENT_LOST, now)
         self._registry.gone(self)
 
@@ -302,8 +309,10 @@ class Relay:
         """
         carrier = self._carrier
         carrier.set_up(server)
+        self._has_own_query = carrier.is_setting
         if not carrier.is_setting or carrier.settings.is_proven:
             return True
+        self._is_holding = True
         self._setup_rest = data
         self.replies.is_at_rest = False  # the reply to our SET is owed, should the client leave now
         return False
@@ -311,6 +320,7 @@ class Relay:
     def _set_back(self, server: ServerConnection, data: bytes) -> None:
         self.requests.begin_lease()  # our Query takes the unnamed statement away
         self._carrier.set_back(server)
+        self._has_own_query = True
         self._forward(server, data, clock())
 
     def _forward(self, server: ServerConnection, data: bytes, now: float) -> None:
@@ -341,9 +351,9 @@ class Relay:
         now = clock()
         replies = self.replies
         try:
-            if self._carrier.is_setting:
-                data = self._settings_reply(server, data)
-                if self.server is not server or self._carrier.is_setting:
+            if self._has_own_query:
+                data = self._own_reply(server, data)
+                if self.server is not server or self._has_own_query:
                     return
             if data:
                 data = replies.forward(server, data, now)
@@ -364,7 +374,7 @@ class Relay:
         if self.is_leaving:
             self.end()
             return
-        if self._holds_lease or server.pin is not None:
+        if self._holds_lease or (server.effects and self._keeps(server)):
             return
         if self._is_server_full:
             return  # what is left of a copy that has failed: the server still has to take it
@@ -406,6 +416,8 @@ class Relay:
         replies.abandon(server, now)
         if self._is_write_paused:
             server.transport.resume_reading()
+        if server.effects:
+            server.is_dirty = True
         if is_fit:
             self._pool.release(server, now)
         else:
@@ -458,27 +470,81 @@ class Relay:
         else:
             self._fail(exc)
 
-    # -- settings ------------------------------------------------------------------------------
+    # -- queries of our own ----------------------------------------------------------------------
 
-    def _settings_reply(self, server: ServerConnection, data: bytes) -> bytes:
-        """Take the replies to our own SET. Returns what follows them."""
-        carrier = self._carrier
+    def _own_reply(self, server: ServerConnection, data: bytes) -> bytes:
+        """Take the replies to a query of ours. Returns what follows them."""
+        carrier, inquiry = self._carrier, self._inquiry
         data = self.replies.take_held() + data
-        pos = carrier.take_reply(server, data)
-        news = carrier.take_news()
+        if inquiry is not None:
+            pos = inquiry.take_reply(server, data)
+            news = b"".join(inquiry.news)
+            inquiry.news.clear()
+        else:
+            pos = carrier.take_reply(server, data)
+            news = carrier.take_news()
         if news:
             self._write(news)
-        if carrier.is_setting:
-            self.replies.hold(data[pos:])
-        else:
+        self.replies.hold(data[pos:])
+        if inquiry is not None:
+            if inquiry.is_done:
+                self._answered(server, inquiry)
+        elif not carrier.is_setting:
+            self._has_own_query = False
             self._settings_done(server, carrier.error)
-        return data[pos:]
+        return b"" if self._has_own_query else self.replies.take_held()
 
-    def _settings_done(self, server: ServerConnection, error: bytes | None) -> None:
-        now = clock()
+    def _take_held_back(self) -> bytes:
+        """What the client has sent meanwhile."""
+        self._is_holding = False
         rest, self._setup_rest = self._setup_rest, b""
         if len(rest) > HELD_BACK:
             self.transport.resume_reading()
+        return rest
+
+    def _keeps(self, server: ServerConnection) -> bool:
+        """The client may have left something behind: ask, and keep the connection if it is there."""
+        if self._pool.config.pin is PinPolicy.OFF:
+            server.is_dirty = True
+            return False
+        if server.effects != server.asked and not self._is_server_full:
+            user = self._pool.opener.parameters.get(b"session_authorization", b"")
+            self._inquiry = Inquiry(server, user, self._carrier.settings)
+            self._has_own_query = self._is_holding = True
+            self.replies.is_at_rest = False
+        return True
+
+    def _answered(self, server: ServerConnection, inquiry: Inquiry) -> None:
+        now = clock()
+        self._inquiry = None
+        self._has_own_query = False
+        self.replies.is_at_rest = True
+        was_pinned = server.pin is not None
+        server.effects = server.asked = inquiry.there
+        server.pin = reason_of(inquiry.there)
+        if inquiry.settings is not None:
+            self._carrier.note_session(server, inquiry.settings, stays=bool(inquiry.there))
+            self.requests.dialect = self._carrier.settings.dialect
+        if server.pin is not None and not was_pinned:
+            server.pinned_at = now
+            self._pool.observer.pinned(server.pin)
+        rest = self._take_held_back()
+        if self.is_closed:
+            self._leave(server, CloseReason.CLIENT_LOST, now)
+            return
+        self._end_lease(server, now)
+        if not rest:
+            return
+        if self.server is None:
+            self._begin(rest)
+        elif server.lacks:
+            self._set_back(server, rest)
+        else:
+            self._forward(server, rest, now)
+
+    def _settings_done(self, server: ServerConnection, error: bytes | None) -> None:
+        now = clock()
+        rest = self._take_held_back()
         if rest:
             self.replies.is_at_rest = True  # nothing of the client's has been sent
         self.requests.dialect = self._carrier.settings.dialect
@@ -511,7 +577,7 @@ class Relay:
         if self.is_waiting:
             self._pool.abandon(self, clock())
             self.refused(SidecarError("canceling statement due to user request", sqlstate="57014"))
-        elif self.server is not None and self.server.expected and not self._carrier.is_setting:
+        elif self.server is not None and self.server.expected and not self._has_own_query:
             return self._pool.cancel(self.server)
         return None
 

@@ -13,6 +13,7 @@ from sidecar.pool.server import ServerConnection
 from sidecar.protocol import messages as m
 from sidecar.proxy import expect
 from sidecar.proxy.requests import Requests
+from sidecar.sql import LOAD, SETTING, UNDO, UNNAMED
 
 _HELD: Final = 64 * 1024
 """Bytes; a message that we need whole and that is longer is looked at so far and passed on."""
@@ -243,7 +244,7 @@ class Replies:
     def _is_lease_over(self, server: ServerConnection) -> bool:
         """What follows is not for this client: FATAL, for one, from a server that shuts down."""
         is_idle = self.is_at_rest and server.tx_status == m.IDLE
-        return is_idle and server.pin is None and not self._holds_lease
+        return is_idle and not server.effects and not self._holds_lease
 
     # -- ends of queries and transactions ------------------------------------------------------
 
@@ -255,8 +256,9 @@ class Replies:
         if first == 0x52:  # R
             self._has_rolled_back = data.startswith(b"ROLLBACK\0", tag)
             if data.startswith(b"RESET\0", tag):
-                server.is_dirty = True  # what we had carried over may be gone
-                self.values.append(RESET)
+                self.values.append(
+                    RESET
+                )  # the server is asked what is left of what we carried over
         elif first == 0x43:  # C
             self._has_rolled_back = False
         elif first == 0x44:  # D
@@ -274,9 +276,10 @@ class Replies:
                 server.is_dirty = True  # what is prepared behind it will not be in our books
             server.prepared.clear()
             self._requests.forget_statements()
-        if is_all:  # undoes whatever pinned, and our settings too
-            server.pin = None
-            server.is_dirty = True
+        if is_all:  # undoes whatever pinned, and our settings too: the server is asked
+            if len(server.expected) <= 1:
+                server.effects &= ~(UNNAMED | LOAD)  # which nobody can be asked for
+            server.effects |= SETTING | UNDO
             self._requests.resets |= {b"all"}
             self.values.append(RESET)
 

@@ -9,12 +9,12 @@ from collections import OrderedDict
 from typing import Final
 
 from sidecar.errors import ClientProtocolError
-from sidecar.events import Operation, PinReason
+from sidecar.events import Operation
 from sidecar.pool.server import ServerConnection
 from sidecar.protocol import messages as m
 from sidecar.proxy import expect, prepared
 from sidecar.proxy.prepared import Prepared
-from sidecar.sql import NONE, Query, classify
+from sidecar.sql import DEALLOCATE, LASTING, LOAD, NONE, SETTING, UNKNOWN, Query, classify
 
 INSPECTED: Final = 16 * 1024
 """Bytes of a message that are gathered before it is looked at and passed on in pieces."""
@@ -192,8 +192,10 @@ class Requests:
                             f"named statement of {length} bytes; at most {MAX_STATEMENT} are allowed",
                             sqlstate="54000",
                         )
-                # its end is not looked at, so a reset has to remove what it may leave behind
-                server.is_dirty = server.is_dirty or kind in (m.QUERY, m.PARSE)
+                if kind in (m.QUERY, m.PARSE):
+                    # its end is not looked at: anything may be in it
+                    server.is_dirty = True
+                    server.effects |= UNKNOWN
             if server.is_skipping and kind != m.SYNC and kind != m.TERMINATE:
                 pass  # the server ignores it, after an error
             elif kind == m.QUERY:
@@ -241,7 +243,7 @@ class Requests:
         Nothing has been bound, so a Sync of our own changes nothing it could see, and the lease
         ends. What it sends next waits until that is done: see ``awaits_sync``.
         """
-        if server.tx_status != m.IDLE or server.pin is not None or not server.expected:
+        if server.tx_status != m.IDLE or server.effects or not server.expected:
             return
         self._replace(data, pos, end, data[pos:end] + m.SYNC_MESSAGE)
         server.expected.append(expect.OUR_SYNC)
@@ -258,8 +260,8 @@ class Requests:
     def _add_query(self, server: ServerConnection, kind: int, query: Query, now: float) -> None:
         server.expected.append(kind)
         self._run(server, query.operation, now)
-        if query.pin is not None:
-            _pin(server, query.pin)
+        if query.effects:
+            _note_effects(server, query)
         if query.resets:
             self.resets |= query.resets
         self._has_unnamed = False  # a Query takes it away (54.2.3)
@@ -310,8 +312,8 @@ class Requests:
         if query is not None and self._has_unnamed and data.startswith(b"\0\0", pos + 5, end):
             # the common case, without a call: unnamed portal, unnamed statement, and it is there
             self._operation = query.operation
-            if query.pin is not None:
-                _pin(server, query.pin)
+            if query.effects:
+                _note_effects(server, query)
         else:
             name = _end_of(data, pos + 5, end) + 1  # behind the portal's
             self._use(server, data, pos, end, name)
@@ -348,8 +350,8 @@ class Requests:
         statement = self._statements.get(name)
         if statement is not None:
             self._operation = statement.operation
-            if statement.pin is not None:
-                _pin(server, statement.pin)
+            if statement.query is not None:
+                _note_effects(server, statement.query)
         if not self._renames:
             return
         if statement is not None:
@@ -370,8 +372,8 @@ class Requests:
         query = self._unnamed
         if query is not None:
             self._operation = query.operation
-            if query.pin is not None:
-                _pin(server, query.pin)
+            if query.effects:
+                _note_effects(server, query)
         if self._has_unnamed or not self._renames:
             return
         if self._unnamed_parse is not None:
@@ -418,10 +420,15 @@ class Requests:
         self._start = end
 
 
-def _pin(server: ServerConnection, reason: PinReason) -> None:
-    server.is_dirty = True
-    if server.pin is None:
-        server.pin = reason
+def _note_effects(server: ServerConnection, query: Query) -> None:
+    """What this query may leave behind; the server is asked when the transaction is over."""
+    effects = query.effects & ~DEALLOCATE
+    if effects & (LASTING | SETTING) or server.effects:
+        server.effects |= effects
+        if query.names:
+            server.custom_settings |= query.names
+        if effects & LOAD:
+            server.age_limit = 0.0  # the library stays for as long as the backend does
 
 
 def _end_of(data: bytes, start: int, end: int) -> int:

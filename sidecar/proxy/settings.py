@@ -27,13 +27,11 @@ READ_ONLY: Final = frozenset(
 
 _NOT_SETTINGS: Final = frozenset({b"user", b"database", b"options", b"replication"})
 
-_NOT_PARSED_BY: Final = frozenset(
-    {
-        *(b"application_name", b"extra_float_digits", b"bytea_output", b"client_min_messages"),
-        *(b"statement_timeout", b"lock_timeout", b"transaction_timeout"),
-        *(b"idle_in_transaction_session_timeout", b"idle_session_timeout"),
-    }
-)
+_not_parsed_by: Final = re.compile(
+    rb"application_name|extra_float_digits|bytea_output|client_min_messages|.*_timeout|.*_mem"
+    rb"|.*_cost|enable_.*|jit.*|log_.*|max_parallel_.*|default_transaction_.*|synchronous_commit"
+    rb"|tcp_.*|.*\..*"  # with a dot: an application's or an extension's own
+).fullmatch
 """Settings that do not change what a query's text means."""
 
 _LIST_VALUED: Final = re.compile(
@@ -53,7 +51,7 @@ class Settings:
         self.values: Final[Mapping[bytes, bytes]] = values
         # What queries are parsed by: with another DateStyle, '1/2/2020'::date is another constant.
         self.dialect: Final = b"\0".join(
-            name + b"=" + value for name, value in values.items() if name not in _NOT_PARSED_BY
+            name + b"=" + value for name, value in values.items() if not _not_parsed_by(name)
         )
         self.is_proven = not values  # a server has accepted them
         self.canonical: Settings | None = None  # the same as the server spells them, once known
@@ -121,8 +119,8 @@ def change(before: Mapping[bytes, bytes], after: Mapping[bytes, bytes]) -> bytes
 
 def _assign(name: bytes, value: bytes) -> bytes:
     if _LIST_VALUED.fullmatch(name):
-        return b"SELECT pg_catalog.set_config(%b,%b,false)" % (_literal(name), _literal(value))
-    return b"SET " + _name(name) + b" TO " + _literal(value)
+        return b"SELECT pg_catalog.set_config(%b,%b,false)" % (literal(name), literal(value))
+    return b"SET " + _name(name) + b" TO " + literal(value)
 
 
 def _name(name: bytes) -> bytes:
@@ -130,8 +128,8 @@ def _name(name: bytes) -> bytes:
     return name if _NAME.fullmatch(name) else b'"' + name.replace(b'"', b'""') + b'"'
 
 
-def _literal(text: bytes) -> bytes:
-    """Safe with standard_conforming_strings on and off."""
+def literal(text: bytes) -> bytes:
+    """A text in SQL; safe with standard_conforming_strings on and off."""
     quoted = text.replace(b"'", b"''")
     if b"\\" in quoted:
         return b"E'" + quoted.replace(b"\\", b"\\\\") + b"'"
