@@ -213,6 +213,8 @@ class PoolSnapshot:
     longest_running_query: float  # 0 if none
     longest_idle_in_transaction: float  # 0 if none
     slow_query_threshold: float
+    pinned: dict[PinReason, int]  # connections kept beyond the transaction, by what keeps them
+    prepared_statements: int  # on all connections together
 
 
 class Traffic:

@@ -15,6 +15,7 @@ from sidecar.events import (
     Operation,
     Phase,
     PingOutcome,
+    PinReason,
     PoolMode,
     PoolSnapshot,
     TimeoutKind,
@@ -44,6 +45,8 @@ IDLE = PoolSnapshot(
     longest_running_query=0.0,
     longest_idle_in_transaction=0.0,
     slow_query_threshold=5.0,
+    pinned=dict.fromkeys(PinReason, 0),
+    prepared_statements=0,
 )
 
 

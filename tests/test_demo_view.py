@@ -9,7 +9,7 @@ import pytest
 
 from sidecar.demo.figures import DemoFigures, FigureReader, PoolFigures
 from sidecar.demo.view import View, plain_lines, seconds
-from sidecar.events import ErrorOrigin, Operation, PoolMode, PoolSnapshot
+from sidecar.events import ErrorOrigin, Operation, PinReason, PoolMode, PoolSnapshot
 from sidecar.observe.recorder import Recorder
 
 SNAPSHOT = PoolSnapshot(
@@ -31,6 +31,8 @@ SNAPSHOT = PoolSnapshot(
     longest_running_query=0.0,
     longest_idle_in_transaction=0.0,
     slow_query_threshold=5.0,
+    pinned=dict.fromkeys(PinReason, 0),
+    prepared_statements=0,
 )
 FIGURES = PoolFigures(
     name="main",

@@ -68,6 +68,10 @@ queries_in_flight                           gauge
 longest_running_query_seconds               gauge
 longest_idle_in_transaction_seconds         gauge
 timeouts_total                              counter    kind
+pinned_connections                          gauge      reason
+pins_total                                  counter    reason
+prepared_statements                         gauge
+prepared_parses_total                       counter    result
 proxy_overhead_seconds                      histogram
 """
 SIDECAR = """

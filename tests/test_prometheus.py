@@ -56,6 +56,10 @@ FAMILIES = {
     "longest_idle_in_transaction_seconds": "gauge",
     "timeouts_total": "counter",
     "proxy_overhead_seconds": "histogram",
+    "pinned_connections": "gauge",
+    "pins_total": "counter",
+    "prepared_statements": "gauge",
+    "prepared_parses_total": "counter",
     # Clients and the sidecar itself
     "client_connections": "gauge",
     "client_connections_max": "gauge",

@@ -5,10 +5,9 @@ combination is written from the first scrape on, at 0: ``increase()`` does not s
 """
 
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from functools import cache
-from itertools import chain, product
+from itertools import chain
 from operator import add
 
 from sidecar import __version__
@@ -19,17 +18,24 @@ from sidecar.events import (
     Listener,
     Operation,
     PingOutcome,
-    PoolSnapshot,
+    PinReason,
     TimeoutKind,
 )
 from sidecar.observe.exposition import (
     Family,
-    Kind,
-    fixed,
     histogram_prefixes,
     histogram_values,
-    number_or_nan,
     prefix,
+)
+from sidecar.observe.families import (
+    PREFIX,
+    QUANTILES,
+    PerPool,
+    Scrape,
+    ScrapeFamily,
+    each,
+    histogram,
+    metric,
 )
 from sidecar.observe.recorder import (
     CLIENT_KEYS,
@@ -40,146 +46,31 @@ from sidecar.observe.recorder import (
     QUERY_BUCKETS,
     USE_BUCKETS,
     WAIT_BUCKETS,
-    Histogram,
-    PoolRecorder,
-    Recorder,
 )
 from sidecar.observe.sketch import WINDOWS
-
-PREFIX = "pgsidecar_"
-QUANTILES = (0.5, 0.9, 0.99)
-
-ClientCounts = tuple[int, int, int, int]
-"""Client connections: PostgreSQL now and at most, HTTP now and at most."""
-
-
-@dataclass(frozen=True, slots=True)
-class PoolScrape:
-    """One pool at a scrape."""
-
-    recorder: PoolRecorder
-    snapshot: PoolSnapshot
-    latency: list[tuple[list[float], int]]  # by window: the QUANTILES, and their samples
-
-
-@dataclass(frozen=True, slots=True)
-class Scrape:
-    """What one scrape reads."""
-
-    recorder: Recorder
-    pools: list[PoolScrape]
-    clients: ClientCounts
-    previous_took: float  # seconds the previous scrape kept the event loop
-
-
-_Labels = Mapping[str, str]
-_Family = Family[Scrape]
 
 
 def catalogue(
     pools: Iterable[str], revision: str, config_read_at: float
 ) -> Iterable[Family[Scrape]]:
     """All families, in the order of the page. ``config_read_at`` is a unix time."""
-    per_pool = _PerPool(pools)
+    per_pool = PerPool(pools)
     yield from _pool_families(per_pool)
     yield from _connection_families(per_pool)
     yield from _query_families(per_pool)
     yield from _transaction_families(per_pool)
+    yield from _state_families(per_pool)
     yield from _client_families()
     yield from _sidecar_families(revision, config_read_at)
 
 
-def _each(**labels: Iterable[str]) -> list[_Labels]:
-    """Every combination of the labels' values, the last label changing fastest."""
-    return [dict(zip(labels, values, strict=True)) for values in product(*labels.values())]
-
-
-def _metric(
-    name: str,
-    help: str,
-    read: Callable[[Scrape], Iterable[float]],
-    labels: Iterable[_Labels] = ({},),
-) -> _Family:
-    """A counter or a gauge; ``read`` gives its values in the order of ``labels``."""
-    name = PREFIX + name
-    kind: Kind = "counter" if name.endswith("_total") else "gauge"
-    return Family(name, kind, help, fixed([prefix(name, each) for each in labels], read))
-
-
-def _histogram(
-    name: str,
-    help: str,
-    bounds: Sequence[float],
-    read: Callable[[Scrape], Iterable[Histogram]],
-    labels: Iterable[_Labels] = ({},),
-) -> _Family:
-    name = PREFIX + name
-    prefixes = chain.from_iterable(histogram_prefixes(name, each, bounds) for each in labels)
-
-    def values(scrape: Scrape) -> Iterable[float]:
-        return chain.from_iterable(map(histogram_values, read(scrape)))
-
-    return Family(name, "histogram", help, fixed(prefixes, values))
-
-
-class _PerPool:
-    """Makes families with the label ``pool``: ``read`` and ``labels`` are those of one pool."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self._names = tuple(names)
-
-    def metric(
-        self,
-        name: str,
-        help: str,
-        read: Callable[[PoolScrape], Iterable[float]],
-        labels: Iterable[_Labels] = ({},),
-    ) -> _Family:
-        def values(scrape: Scrape) -> Iterable[float]:
-            return chain.from_iterable(map(read, scrape.pools))
-
-        return _metric(name, help, values, self.labels(labels))
-
-    def quantiles(
-        self,
-        name: str,
-        help: str,
-        read: Callable[[PoolScrape], Iterable[float]],
-        labels: Iterable[_Labels],
-    ) -> _Family:
-        """A summary of quantiles only: ``_sum`` and ``_count`` of a window would not be counters."""
-        name = PREFIX + name
-        prefixes = [prefix(name, each) for each in self.labels(labels)]
-
-        def values(scrape: Scrape) -> Iterable[float]:
-            return chain.from_iterable(map(read, scrape.pools))
-
-        return Family(name, "summary", help, fixed(prefixes, values, number_or_nan))
-
-    def histogram(
-        self,
-        name: str,
-        help: str,
-        bounds: Sequence[float],
-        read: Callable[[PoolRecorder], Iterable[Histogram]],
-        labels: Iterable[_Labels] = ({},),
-    ) -> _Family:
-        def histograms(scrape: Scrape) -> Iterable[Histogram]:
-            return chain.from_iterable(read(pool.recorder) for pool in scrape.pools)
-
-        return _histogram(name, help, bounds, histograms, self.labels(labels))
-
-    def labels(self, labels: Iterable[_Labels]) -> list[_Labels]:
-        return [{"pool": name, **each} for name, each in product(self._names, labels)]
-
-
-def _pool_families(pools: _PerPool) -> Iterable[_Family]:
+def _pool_families(pools: PerPool) -> Iterable[ScrapeFamily]:
     """How full the pools are, and how long clients wait."""
     yield pools.metric(
         "pool_connections",
         "Server connections by state.",
         lambda pool: (pool.snapshot.used, pool.snapshot.idle, pool.snapshot.connecting),
-        _each(state=("used", "idle", "connecting")),
+        each(state=("used", "idle", "connecting")),
     )
     yield pools.metric(
         "pool_connections_max",
@@ -195,7 +86,7 @@ def _pool_families(pools: _PerPool) -> Iterable[_Family]:
         "pool_connections_used_peak",
         "Most server connections in use at once within the window.",
         lambda pool: [max(pool.recorder.used_peak(), pool.snapshot.used)],
-        _each(window=("1m",)),
+        each(window=("1m",)),
     )
     yield pools.metric(
         "pool_pending_requests",
@@ -211,7 +102,7 @@ def _pool_families(pools: _PerPool) -> Iterable[_Family]:
         "pool_acquires_total",
         "Requests for a connection by outcome.",
         lambda pool: pool.recorder.acquires().values(),
-        _each(outcome=AcquireOutcome),
+        each(outcome=AcquireOutcome),
     )
     yield pools.histogram(
         "pool_acquire_duration_seconds",
@@ -230,7 +121,7 @@ def _pool_families(pools: _PerPool) -> Iterable[_Family]:
     )
 
 
-def _connection_families(pools: _PerPool) -> Iterable[_Family]:
+def _connection_families(pools: PerPool) -> Iterable[ScrapeFamily]:
     """The life of server connections, and whether the server is well."""
     yield pools.histogram(
         "pool_connection_create_seconds",
@@ -242,19 +133,19 @@ def _connection_families(pools: _PerPool) -> Iterable[_Family]:
         "connections_opened_total",
         "Server connections opened, by reason.",
         lambda pool: pool.recorder.opened.values(),
-        _each(reason=ConnectReason),
+        each(reason=ConnectReason),
     )
     yield pools.metric(
         "connections_closed_total",
         "Server connections closed, by reason.",
         lambda pool: pool.recorder.closed.values(),
-        _each(reason=CloseReason),
+        each(reason=CloseReason),
     )
     yield pools.metric(
         "connection_attempts_total",
         "Attempts to get a usable connection: acquires, those given up by the client excepted, and pings.",
         lambda pool: pool.recorder.attempts(),
-        _each(outcome=("ok", "error")),
+        each(outcome=("ok", "error")),
     )
     yield pools.metric(
         "connection_errors_total",
@@ -266,7 +157,7 @@ def _connection_families(pools: _PerPool) -> Iterable[_Family]:
         "reconnects_total",
         "Attempts to replace a lost server connection.",
         lambda pool: (pool.recorder.reconnects[True], pool.recorder.reconnects[False]),
-        _each(outcome=("ok", "error")),
+        each(outcome=("ok", "error")),
     )
     yield pools.metric(
         "up",
@@ -277,7 +168,7 @@ def _connection_families(pools: _PerPool) -> Iterable[_Family]:
         "pings_total",
         "Pings sent over idle server connections, by outcome.",
         lambda pool: pool.recorder.pings.values(),
-        _each(outcome=PingOutcome),
+        each(outcome=PingOutcome),
     )
     yield pools.histogram(
         "ping_duration_seconds",
@@ -292,7 +183,7 @@ def _connection_families(pools: _PerPool) -> Iterable[_Family]:
     )
 
 
-def _query_families(pools: _PerPool) -> Iterable[_Family]:
+def _query_families(pools: PerPool) -> Iterable[ScrapeFamily]:
     """What the server does for the clients, and how long it takes."""
     operations = [{"operation": operation.label} for operation in Operation]
     yield pools.histogram(
@@ -306,13 +197,13 @@ def _query_families(pools: _PerPool) -> Iterable[_Family]:
         "query_latency_seconds",
         "Rolling quantile of query durations, at most 1 % off; NaN without samples.",
         lambda pool: chain.from_iterable(quantiles for quantiles, _ in pool.latency),
-        _each(window=WINDOWS, quantile=map(repr, QUANTILES)),
+        each(window=WINDOWS, quantile=map(repr, QUANTILES)),
     )
     yield pools.metric(
         "query_latency_samples",
         "Queries that ended within the window: the samples of the quantiles.",
         lambda pool: (samples for _, samples in pool.latency),
-        _each(window=WINDOWS),
+        each(window=WINDOWS),
     )
     yield pools.metric(
         "slow_queries_total",
@@ -343,7 +234,34 @@ def _query_families(pools: _PerPool) -> Iterable[_Family]:
     )
 
 
-def _transaction_families(pools: _PerPool) -> Iterable[_Family]:
+def _state_families(pools: PerPool) -> Iterable[ScrapeFamily]:
+    """What clients leave on server connections."""
+    yield pools.metric(
+        "pinned_connections",
+        "Server connections kept beyond the transaction, by what keeps them.",
+        lambda pool: pool.snapshot.pinned.values(),
+        each(reason=PinReason),
+    )
+    yield pools.metric(
+        "pins_total",
+        "Times a client kept its server connection beyond the transaction, by what kept it.",
+        lambda pool: pool.recorder.pins.values(),
+        each(reason=PinReason),
+    )
+    yield pools.metric(
+        "prepared_statements",
+        "Prepared statements kept on all server connections together.",
+        lambda pool: [pool.snapshot.prepared_statements],
+    )
+    yield pools.metric(
+        "prepared_parses_total",
+        "Named statements needed on a server connection that had them (reused) or not (parsed).",
+        lambda pool: pool.recorder.parses.values(),
+        each(result=("reused", "parsed")),
+    )
+
+
+def _transaction_families(pools: PerPool) -> Iterable[ScrapeFamily]:
     """Transactions, timeouts and the sidecar's own part in the time."""
     yield pools.histogram(
         "transaction_duration_seconds",
@@ -355,7 +273,7 @@ def _transaction_families(pools: _PerPool) -> Iterable[_Family]:
         "transactions_total",
         "Finished transactions.",
         lambda pool: pool.recorder.committed_and_rolled_back(),
-        _each(outcome=("commit", "rollback")),
+        each(outcome=("commit", "rollback")),
     )
     yield pools.metric(
         "longest_idle_in_transaction_seconds",
@@ -368,42 +286,42 @@ def _transaction_families(pools: _PerPool) -> Iterable[_Family]:
         OVERHEAD_BUCKETS,
         lambda pool: [pool.overheads],
     )
-    yield _metric(
+    yield metric(
         "timeouts_total",
         "Timeouts that ran out; pool is empty for a login that had not named it yet.",
         lambda scrape: chain(
             *(pool.recorder.timeouts.values() for pool in scrape.pools),
             [scrape.recorder.logins_timed_out],
         ),
-        [*pools.labels(_each(kind=TimeoutKind)), {"pool": "", "kind": TimeoutKind.LOGIN}],
+        [*pools.labels(each(kind=TimeoutKind)), {"pool": "", "kind": TimeoutKind.LOGIN}],
     )
 
 
-def _client_families() -> Iterable[_Family]:
-    listeners = _each(listener=Listener)
-    yield _metric(
+def _client_families() -> Iterable[ScrapeFamily]:
+    listeners = each(listener=Listener)
+    yield metric(
         "client_connections",
         "Client connections open now.",
         lambda scrape: (scrape.clients[0], scrape.clients[2]),
         listeners,
     )
-    yield _metric(
+    yield metric(
         "client_connections_max",
         "Most client connections allowed.",
         lambda scrape: (scrape.clients[1], scrape.clients[3]),
         listeners,
     )
-    yield _metric(
+    yield metric(
         "client_connections_total",
         "Client connections by what became of them.",
         lambda scrape: scrape.recorder.clients.values(),
         [{"listener": listener, "outcome": outcome} for listener, outcome in CLIENT_KEYS],
     )
-    yield _metric(
+    yield metric(
         "network_bytes_total",
         "Bytes moved over PostgreSQL connections.",
         _network_bytes,
-        _each(side=("client", "server"), direction=("received", "sent")),
+        each(side=("client", "server"), direction=("received", "sent")),
     )
     yield Family(PREFIX + "http_requests_total", "counter", "HTTP requests answered.", _http_lines)
     yield Family(
@@ -414,19 +332,19 @@ def _client_families() -> Iterable[_Family]:
     )
 
 
-def _sidecar_families(revision: str, config_read_at: float) -> Iterable[_Family]:
-    yield _histogram(
+def _sidecar_families(revision: str, config_read_at: float) -> Iterable[ScrapeFamily]:
+    yield histogram(
         "event_loop_lag_seconds",
         "How late the event loop ran its timers.",
         LAG_BUCKETS,
         lambda scrape: [scrape.recorder.lags],
     )
-    yield _metric(
+    yield metric(
         "metrics_render_seconds",
         "How long the previous scrape kept the event loop.",
         lambda scrape: [scrape.previous_took],
     )
-    yield _metric(
+    yield metric(
         "build_info",
         "What runs here; always 1.",
         lambda scrape: [1],
@@ -438,7 +356,7 @@ def _sidecar_families(revision: str, config_read_at: float) -> Iterable[_Family]
             }
         ],
     )
-    yield _metric(
+    yield metric(
         "config_last_reload_success_timestamp_seconds",
         "Unix time when the configuration in force was read.",
         lambda scrape: [config_read_at],
@@ -474,8 +392,8 @@ def _http_lines(scrape: Scrape) -> Iterable[str]:
 
 
 def _http_duration_lines(scrape: Scrape) -> Iterable[str]:
-    for route, histogram in scrape.recorder.http_durations.items():
-        yield from map(add, _http_duration_prefixes(route), map(repr, histogram_values(histogram)))
+    for route, durations in scrape.recorder.http_durations.items():
+        yield from map(add, _http_duration_prefixes(route), map(repr, histogram_values(durations)))
 
 
 @cache

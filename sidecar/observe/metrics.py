@@ -15,8 +15,9 @@ from prometheus_client import (
 from prometheus_client.openmetrics import exposition as openmetrics
 
 from sidecar.events import PoolSnapshot
-from sidecar.observe.catalogue import QUANTILES, ClientCounts, PoolScrape, Scrape, catalogue
+from sidecar.observe.catalogue import catalogue
 from sidecar.observe.exposition import Exposition, Format
+from sidecar.observe.families import QUANTILES, ClientCounts, PoolScrape, Scrape
 from sidecar.observe.recorder import PoolRecorder, Recorder
 from sidecar.observe.sketch import WINDOWS
 

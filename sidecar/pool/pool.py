@@ -25,6 +25,7 @@ from sidecar.events import (
     ErrorReason,
     Phase,
     PingOutcome,
+    PinReason,
     PoolMode,
     PoolObserver,
     PoolSnapshot,
@@ -425,7 +426,21 @@ class Pool:
             longest_running_query=max((now - s.query_started for s in running), default=0.0),
             longest_idle_in_transaction=max((now - s.status_since for s in open_idle), default=0.0),
             slow_query_threshold=self.config.slow_query_threshold,
+            pinned=self._pinned(),
+            prepared_statements=sum(
+                len(server.prepared) for servers in state.by_state for server in servers
+            ),
         )
+
+    def _pinned(self) -> dict[PinReason, int]:
+        pinned = dict.fromkeys(PinReason, 0)
+        if self.config.mode is PoolMode.SESSION:
+            pinned[PinReason.SESSION_MODE] = len(self.state.active)
+            return pinned
+        for server in self.state.active:
+            if server.pin is not None:
+                pinned[server.pin] += 1
+        return pinned
 
     def _who_holds(self, now: float) -> str:
         """What has the pool: for the error of a client that waited in vain."""

@@ -117,6 +117,7 @@ class Relay:
             tables.statements,
             renames=pool.config.mode is not PoolMode.SESSION,
             statement_limit=pool.config.max_prepared_statements,
+            observer=pool.observer,
         )
         self.requests.dialect = self._carrier.settings.dialect
         self._holds_lease: Final = pool.config.mode is PoolMode.SESSION

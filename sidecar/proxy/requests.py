@@ -9,7 +9,7 @@ from collections import OrderedDict
 from typing import Final
 
 from sidecar.errors import ClientProtocolError
-from sidecar.events import Operation
+from sidecar.events import Operation, PoolObserver
 from sidecar.pool.server import ServerConnection
 from sidecar.protocol import messages as m
 from sidecar.proxy import expect, prepared
@@ -78,6 +78,7 @@ class Requests:
         "_cache",
         "_has_bound",
         "_has_unnamed",
+        "_observer",
         "_operation",
         "_out",
         "_prepared",
@@ -103,8 +104,10 @@ class Requests:
         *,
         renames: bool,
         statement_limit: int,
+        observer: PoolObserver,
     ) -> None:
         """``renames``: this client's statements must be found on any connection."""
+        self._observer = observer
         self._cache = cache
         self._prepared = table
         self._renames = renames
@@ -297,10 +300,12 @@ class Requests:
             return
         self._statements[name] = statement
         if prepared.touch(server, statement):
+            self._observer.parsed(True)
             self._replace(data, pos, end, b"")
             server.expected.append(expect.FAKE_PARSE)
             server.automatic += 1
         else:
+            self._observer.parsed(False)
             self._make_room(server, data, pos)
             self._replace(data, pos, end, statement.parse)
             server.prepared[statement] = None
@@ -389,6 +394,7 @@ class Requests:
     def _ensure(self, server: ServerConnection, statement: Prepared, data: bytes, pos: int) -> None:
         if prepared.touch(server, statement):
             return
+        self._observer.parsed(False)
         self._make_room(server, data, pos)
         self._piece(data, pos).append(statement.parse)
         server.prepared[statement] = None

@@ -1,0 +1,133 @@
+"""What a metric family is made of: name, type, labels, and where its values are read at a scrape.
+
+The tools of ``catalogue``, which has the families themselves.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, product
+
+from sidecar.events import PoolSnapshot
+from sidecar.observe.exposition import (
+    Family,
+    Kind,
+    fixed,
+    histogram_prefixes,
+    histogram_values,
+    number_or_nan,
+    prefix,
+)
+from sidecar.observe.recorder import Histogram, PoolRecorder, Recorder
+
+PREFIX = "pgsidecar_"
+QUANTILES = (0.5, 0.9, 0.99)
+
+ClientCounts = tuple[int, int, int, int]
+"""Client connections: PostgreSQL now and at most, HTTP now and at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolScrape:
+    """One pool at a scrape."""
+
+    recorder: PoolRecorder
+    snapshot: PoolSnapshot
+    latency: list[tuple[list[float], int]]  # by window: the QUANTILES, and their samples
+
+
+@dataclass(frozen=True, slots=True)
+class Scrape:
+    """What one scrape reads."""
+
+    recorder: Recorder
+    pools: list[PoolScrape]
+    clients: ClientCounts
+    previous_took: float  # seconds the previous scrape kept the event loop
+
+
+Labels = Mapping[str, str]
+ScrapeFamily = Family[Scrape]
+
+
+def each(**labels: Iterable[str]) -> list[Labels]:
+    """Every combination of the labels' values, the last label changing fastest."""
+    return [dict(zip(labels, values, strict=True)) for values in product(*labels.values())]
+
+
+def metric(
+    name: str,
+    help: str,
+    read: Callable[[Scrape], Iterable[float]],
+    labels: Iterable[Labels] = ({},),
+) -> ScrapeFamily:
+    """A counter or a gauge; ``read`` gives its values in the order of ``labels``."""
+    name = PREFIX + name
+    kind: Kind = "counter" if name.endswith("_total") else "gauge"
+    return Family(name, kind, help, fixed([prefix(name, one) for one in labels], read))
+
+
+def histogram(
+    name: str,
+    help: str,
+    bounds: Sequence[float],
+    read: Callable[[Scrape], Iterable[Histogram]],
+    labels: Iterable[Labels] = ({},),
+) -> ScrapeFamily:
+    name = PREFIX + name
+    prefixes = chain.from_iterable(histogram_prefixes(name, one, bounds) for one in labels)
+
+    def values(scrape: Scrape) -> Iterable[float]:
+        return chain.from_iterable(map(histogram_values, read(scrape)))
+
+    return Family(name, "histogram", help, fixed(prefixes, values))
+
+
+class PerPool:
+    """Makes families with the label ``pool``: ``read`` and ``labels`` are those of one pool."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = tuple(names)
+
+    def metric(
+        self,
+        name: str,
+        help: str,
+        read: Callable[[PoolScrape], Iterable[float]],
+        labels: Iterable[Labels] = ({},),
+    ) -> ScrapeFamily:
+        def values(scrape: Scrape) -> Iterable[float]:
+            return chain.from_iterable(map(read, scrape.pools))
+
+        return metric(name, help, values, self.labels(labels))
+
+    def quantiles(
+        self,
+        name: str,
+        help: str,
+        read: Callable[[PoolScrape], Iterable[float]],
+        labels: Iterable[Labels],
+    ) -> ScrapeFamily:
+        """A summary of quantiles only: ``_sum`` and ``_count`` of a window would not be counters."""
+        name = PREFIX + name
+        prefixes = [prefix(name, one) for one in self.labels(labels)]
+
+        def values(scrape: Scrape) -> Iterable[float]:
+            return chain.from_iterable(map(read, scrape.pools))
+
+        return Family(name, "summary", help, fixed(prefixes, values, number_or_nan))
+
+    def histogram(
+        self,
+        name: str,
+        help: str,
+        bounds: Sequence[float],
+        read: Callable[[PoolRecorder], Iterable[Histogram]],
+        labels: Iterable[Labels] = ({},),
+    ) -> ScrapeFamily:
+        def histograms(scrape: Scrape) -> Iterable[Histogram]:
+            return chain.from_iterable(read(pool.recorder) for pool in scrape.pools)
+
+        return histogram(name, help, bounds, histograms, self.labels(labels))
+
+    def labels(self, labels: Iterable[Labels]) -> list[Labels]:
+        return [{"pool": name, **one} for name, one in product(self._names, labels)]
