@@ -11,7 +11,7 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from types import TracebackType
 from typing import NamedTuple, Self, TypeVar
 from urllib.parse import quote, urlencode
@@ -351,7 +351,11 @@ class Sidecar:
         async def work() -> T:
             return function()
 
-        return asyncio.run_coroutine_threadsafe(work(), self._loop).result(PATIENCE)
+        return self.await_(work())
+
+    def await_(self, work: Coroutine[object, object, T]) -> T:
+        """Await it on the sidecar's event loop."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(PATIENCE)
 
     def login(self, user: str = "app", database: str = "main", **parameters: str) -> Client:
         client = self.connect()

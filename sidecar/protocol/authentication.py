@@ -255,6 +255,13 @@ def choose_exchange(
     return ClientExchange(secret, could_bind=can_bind)
 
 
+_WITHOUT_HASH = (
+    (bytes.fromhex("300506032b6570034100"), 64),
+    (bytes.fromhex("300506032b6571037300"), 114),
+)
+"""How certificates signed with Ed25519 and Ed448 end (RFC 8410): this, and a signature of so many bytes."""
+
+
 class _Certificate:
     """What scramp asks for: something with a TLS peer's certificate."""
 
@@ -270,6 +277,8 @@ def server_end_point(certificate: bytes) -> bytes | None:
 
     None where its signature has no hash of its own, as Ed25519, or one that is not known here.
     """
+    if any(certificate[:-size].endswith(end) for end, size in _WITHOUT_HASH):
+        return None  # scramp would take the hash that is inside the algorithm; PostgreSQL does not
     try:
         _, digest = scramp.make_channel_binding("tls-server-end-point", _Certificate(certificate))
     except _REFUSED:
