@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sidecar.config import Config, PoolConfig
+from sidecar.config import Config, PoolConfig, remarks
 from sidecar.errors import SidecarError
 from sidecar.events import Traffic
 from sidecar.pool import health
@@ -103,10 +103,13 @@ async def _try(pool: PoolConfig) -> Finding:
 
 def report(config: Config, findings: list[Finding]) -> str:
     """The findings, to read."""
+    rules = len(config.listen.rules)
+    who = f"{rules} rules" if rules else config.listen.auth
     lines = [
         f"PostgreSQL clients  {config.listen.host}:{config.listen.port}"
-        f"  (at most {config.listen.max_clients}, {config.listen.auth})",
+        f"  (at most {config.listen.max_clients}, {who})",
         f"HTTP                {config.http.host}:{config.http.port}",
+        *(f"warning: listen.hba, {remark}" for remark in remarks(config)),
         "",
     ]
     for finding in findings:

@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from sidecar.config_values import (
+    CONSOLE_DATABASE,
     Conflict,
     duration,
     duration_or_none,
@@ -41,6 +42,7 @@ from sidecar.dsn import ServerTarget as ServerTarget  # the type of PoolConfig.t
 from sidecar.dsn import parse_dsn
 from sidecar.errors import SidecarError
 from sidecar.events import PinPolicy, PoolMode, ResetPolicy
+from sidecar.hba import Rule, odd_rules, parse_rules
 
 
 def _is_given(dsn: SecretStr) -> bool:
@@ -51,6 +53,11 @@ def _usable_dsn(dsn: SecretStr) -> SecretStr:
     if _is_given(dsn):
         parse_dsn(dsn.get_secret_value())
     return dsn
+
+
+def _usable_rules(text: str) -> str:
+    parse_rules(text)
+    return text
 
 
 def _none_if_empty(value: object) -> object:
@@ -79,7 +86,7 @@ class ListenConfig(Section):
     """Directory in which the socket ``.s.PGSQL.<port>`` is created; empty: none."""
     auth: Literal["scram-sha-256", "trust"] = "scram-sha-256"
     """How clients prove who they are; ``trust``: not at all, on loopback and Unix sockets only."""
-    hba: str = ""
+    hba: Annotated[str, AfterValidator(_usable_rules)] = ""
     """Rules in the syntax of pg_hba.conf, first match counts; empty: ``auth`` for everyone."""
     auth_failure_delay: Annotated[float, duration("0", "1m")] = 1.0
     """Seconds before a failed login is answered, so that passwords cannot be tried fast."""
@@ -128,6 +135,22 @@ class ListenConfig(Section):
         if not self.host and self.unix_socket_dir is None:
             raise ValueError("without host and without unix_socket_dir; allowed: one or both")
         return self
+
+    @model_validator(mode="after")
+    def _can_check_certificates(self) -> "ListenConfig":
+        if self.tls_ca_file is None:
+            for rule in self.rules:
+                if rule.checks_certificate:
+                    raise ValueError(
+                        f"with a rule for certificates (hba, line {rule.line}) and without"
+                        " tls_ca_file; allowed: with the CAs that they are checked by"
+                    )
+        return self
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """``hba``, read."""
+        return parse_rules(self.hba)
 
 
 class HttpConfig(Section):
@@ -319,6 +342,21 @@ class Config(Section):
             message = f'database "{database}" does not exist'
             hint = f"The pools are: {', '.join(sorted(self.pools))}."
         raise SidecarError(message, hint=hint, sqlstate="3D000")
+
+
+def remarks(config: Config) -> list[str]:
+    """What is odd about ``listen.hba``: rules that can never match, or that are risky."""
+    listen = config.listen
+    databases = {CONSOLE_DATABASE}
+    for name, pool in config.pools.items():
+        databases |= {name, pool.target.database}
+    return odd_rules(
+        listen.rules,
+        has_tls=listen.tls_cert_file is not None and listen.tls_mode != "disable",
+        has_tcp=bool(listen.host),
+        has_socket=listen.unix_socket_dir is not None,
+        databases=databases,
+    )
 
 
 def options(model: type[Section]) -> list[str]:

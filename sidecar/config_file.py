@@ -28,6 +28,7 @@ from sidecar.config_values import Conflict
 from sidecar.errors import ConfigError
 
 _SECRETS = ("dsn", "auth_dsn", "password", "verifier")
+_TEXTS = ("hba",)  # too long to be shown; what is wrong in them names the line
 _REQUIRED: dict[str, type[Section]] = {"pools": Config, "dsn": PoolConfig}
 
 
@@ -119,6 +120,8 @@ def _worded(
             problem = f"is not a mapping; allowed: {allowed}"
         case "literal_error" | "enum":
             problem = f"{given} is unknown; allowed: {error['ctx']['expected']}"
+        case "value_error" if path[-1] in _TEXTS:
+            problem = str(cause)
         case "value_error":
             problem = f"{given} {cause}"
             if isinstance(cause, Conflict):

@@ -30,11 +30,12 @@ ROOMS = {
     "dsn": "",
     "sql": "events",
     "config_values": "",
-    "config": "config_values dsn events errors",
+    "hba": "",
+    "config": "config_values hba dsn events errors",
     "config_file": "config config_values config_text errors",
     "protocol": "errors",
     "pool": "protocol config events errors",
-    "proxy": "pool protocol sql config events errors",
+    "proxy": "pool protocol sql config hba events errors",
     "observe": "events",
     "api": "observe config events",
     "service": "api observe proxy pool config events errors",
@@ -46,7 +47,7 @@ ROOMS = {
 """The folders and modules of ``sidecar``, and what each may import. All may import the version."""
 
 PURE = (
-    *("errors", "events", "sql", "config_text", "config_values", "dsn", "protocol.*"),
+    *("errors", "events", "sql", "config_text", "config_values", "dsn", "hba", "protocol.*"),
     *("pool.state", "proxy.expect", "proxy.prepared", "proxy.settings"),
     *("proxy.requests", "proxy.replies", "proxy.unleased"),
     *(
@@ -70,7 +71,8 @@ LIBRARIES = {
     "prometheus_client": "observe.metrics service",  # the service makes the registry
     "psycopg": "dsn demo.workload",  # connection strings; the demo's clients
     # its type for secrets
-    "pydantic": "config config_values config_file dsn proxy.login proxy.credentials",
+    "pydantic": "config config_values config_file dsn proxy.login proxy.credentials"
+    " proxy.authenticate",
     "pydantic_core": "config_file",
     "scramp": "protocol.authentication",
     "uvloop": "cli",

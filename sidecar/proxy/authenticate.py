@@ -1,21 +1,26 @@
 """How a client proves who it is: which method applies, the exchange, what follows a failure.
 
 Owns the answers, which are the same for a wrong password and for a user that does not exist, and
-their delay. What a user has to prove is known by ``credentials``, where a client may come from by
-``hba``; the socket is the session's.
+their delay. What a user has to prove is known by ``credentials``, which rule is for whom by ``hba``;
+the socket is the session's.
 """
 
+import asyncio
 import logging
-from typing import Final, Protocol
+from typing import Final, Protocol, assert_never
+
+from pydantic import SecretStr
 
 from sidecar.config import Config, PoolConfig
 from sidecar.errors import AuthenticationFailed, ClientProtocolError
+from sidecar.hba import Method, Peer, Rule, first_match
 from sidecar.pool.server import clock
 from sidecar.protocol import messages as m
 from sidecar.protocol.authentication import (
     MECHANISM,
     MECHANISM_PLUS,
     ServerExchange,
+    knows_password,
     mock_verifier,
 )
 from sidecar.proxy.credentials import Credential, Credentials
@@ -32,11 +37,10 @@ class Unproven(Protocol):
         """For messages and the log."""
 
     @property
-    def is_encrypted(self) -> bool: ...
-
-    @property
     def end_point(self) -> bytes | None:
         """What a login over TLS can be bound to; None: nothing."""
+
+    def peer(self) -> Peer: ...
 
     def certificate_name(self) -> str | None:
         """The common name in its certificate, proved by TLS and signed by a CA of ours."""
@@ -52,7 +56,8 @@ class Unproven(Protocol):
 
 class Authenticator:
     def __init__(self, config: Config) -> None:
-        self._trusts: Final = config.listen.auth == "trust"
+        self._rules: Final = config.listen.rules
+        self._default: Final = Method(config.listen.auth)
         self._delay: Final = config.listen.auth_failure_delay
         self._credentials: Final = Credentials(config.users, config.pools)
 
@@ -63,14 +68,10 @@ class Authenticator:
         try:
             return await self._prove(client, user, database, pool)
         except AuthenticationFailed as exc:
-            log.warning(
-                "authentication failed",
-                extra={
-                    "client": client.address,
-                    "user": user,
-                    "pool": None if pool is None else pool.name,
-                },
-            )
+            where = {"client": client.address, "user": user, "pool": pool and pool.name}
+            if name := client.certificate_name():
+                where["certificate"] = name
+            log.warning("authentication failed", extra=where)
             if exc.sqlstate.startswith("28"):
                 await client.linger(min(self._delay, deadline - 0.1 - clock()))
             raise
@@ -78,14 +79,49 @@ class Authenticator:
     async def _prove(
         self, client: Unproven, user: str, database: str, pool: PoolConfig | None
     ) -> Login:
-        if self._trusts:
-            return Login(user, database, password=await self._credentials.password(user))
+        rule = self._rule(client, user, database, pool) if self._rules else None
+        method = self._default if rule is None else rule.method
+        if rule is not None and rule.checks_certificate:
+            _check_certificate(rule, client.certificate_name(), user)
+        match method:
+            case Method.SCRAM:
+                return await self._scram(client, user, database, pool)
+            case Method.PASSWORD:
+                return await self._password(client, user, database, pool)
+            case Method.TRUST | Method.CERT:
+                return Login(user, database, password=await self._credentials.password(user))
+            case Method.REJECT:
+                raise AssertionError("refused by _rule")
+            case _:
+                assert_never(method)
+
+    def _rule(self, client: Unproven, user: str, database: str, pool: PoolConfig | None) -> Rule:
+        """The rule for this client. Raises AuthenticationFailed if it lets nobody in."""
+        peer = client.peer()
+        # A pool may be asked for by two names: a rule for either is a rule for the pool.
+        databases = [database] if pool is None else [database, pool.name, pool.target.database]
+        rule = first_match(self._rules, peer, databases, user)
+        if rule is not None and rule.method is not Method.REJECT:
+            return rule
+        said = "have no entry for" if rule is None else "reject connection for"
+        encryption = "SSL encryption" if peer.is_encrypted else "no encryption"
+        raise AuthenticationFailed(
+            f'the pool\'s rules {said} {peer.describe()}, user "{user}", database "{database}",'
+            f" {encryption}",
+            sqlstate="28000",
+        )
+
+    # -- passwords -----------------------------------------------------------------------------
+
+    async def _credential(self, user: str, pool: PoolConfig | None) -> Credential:
+        """Of a user that is not known, one that nobody can satisfy."""
         found = await self._credentials.find(user, pool)
-        return await self._scram(client, user, database, found or Credential(mock_verifier(user)))
+        return found or Credential(mock_verifier(user))
 
     async def _scram(
-        self, client: Unproven, user: str, database: str, credential: Credential
+        self, client: Unproven, user: str, database: str, pool: PoolConfig | None
     ) -> Login:
+        credential = await self._credential(user, pool)
         offered = [MECHANISM.encode()]
         if client.end_point is not None:
             offered.insert(0, MECHANISM_PLUS.encode())
@@ -106,6 +142,35 @@ class Authenticator:
             raise _wrong_password(user) if exc.sqlstate == "28P01" else exc from None
         client.write(m.authentication(m.AUTH_SASL_FINAL, final))
         return Login(user, database, exchange.keys, credential.password)
+
+    async def _password(
+        self, client: Unproven, user: str, database: str, pool: PoolConfig | None
+    ) -> Login:
+        client.write(m.authentication(m.AUTH_CLEARTEXT))
+        body = await client.password_message()
+        if body[-1:] != b"\0" or b"\0" in body[:-1]:
+            raise ClientProtocolError("invalid password packet size")
+        try:
+            said = body[:-1].decode()
+        except UnicodeDecodeError:
+            raise _wrong_password(user) from None
+        credential = await self._credential(user, pool)
+        # in a thread: PBKDF2 would stall every client for milliseconds
+        if not await asyncio.to_thread(knows_password, credential.verifier, said):
+            raise _wrong_password(user)
+        return Login(user, database, password=SecretStr(said))
+
+
+def _check_certificate(rule: Rule, name: str | None, user: str) -> None:
+    """Before any password: who has another's certificate cannot try passwords with it."""
+    if name is None:
+        raise AuthenticationFailed(
+            "connection requires a valid client certificate", sqlstate="28000"
+        )
+    if rule.names_user and name != user:
+        raise AuthenticationFailed(
+            f'certificate authentication failed for user "{user}"', sqlstate="28000"
+        )
 
 
 def _wrong_password(user: str) -> AuthenticationFailed:

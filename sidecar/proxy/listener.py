@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from sidecar.config import Config, PoolConfig
+from sidecar.config import Config, PoolConfig, remarks
 from sidecar.errors import ConfigError, PoolClosed, PoolSaturated
 from sidecar.events import ClientOutcome, Listener, Observer
 from sidecar.pool.opening import Spawn
@@ -67,6 +67,8 @@ class PgListener:
         listen = self._config.listen
         if self._certificates is not None:
             await self._certificates.load()
+        for remark in remarks(self._config):
+            log.warning("rule in listen.hba", extra={"remark": remark})
         loop = asyncio.get_running_loop()
         if listen.host:
             try:

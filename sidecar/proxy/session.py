@@ -13,6 +13,7 @@ from typing import Any, Final, Protocol
 from sidecar.config import PoolConfig
 from sidecar.errors import AuthenticationFailed, ClientProtocolError, SidecarError
 from sidecar.events import ClientOutcome, Traffic
+from sidecar.hba import Peer, peer_address
 from sidecar.pool.server import clock
 from sidecar.protocol import messages as m
 from sidecar.protocol import startup
@@ -319,6 +320,15 @@ class Session:
         return None
 
     # -- a client that is not proven yet (see ``authenticate``) ----------------------------------
+
+    def peer(self) -> Peer:
+        if self._is_local:
+            return Peer(None, None, self.is_encrypted)
+        there = self._transport.get_extra_info("peername")
+        here = self._transport.get_extra_info("sockname")
+        if not there or not here:
+            raise _Gone  # before we could ask: never taken for a local one
+        return Peer(peer_address(there[0]), peer_address(here[0]), self.is_encrypted)
 
     async def password_message(self) -> bytes:
         kind, length = m.HEADER.unpack(await self._peek(5))
