@@ -112,6 +112,8 @@ debian-packages:
 	@if ! command -v promtool >/dev/null || ! command -v prometheus >/dev/null; then \
 	  $(MAKE) debian-package-prometheus || exit; fi; \
 	if ! command -v pgbouncer >/dev/null; then $(MAKE) debian-package-pgbouncer || exit; fi; \
+	if ! command -v prometheus-pgbouncer-exporter >/dev/null; then \
+	  $(MAKE) debian-package-prometheus-pgbouncer-exporter || exit; fi; \
 	if ! ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1; then \
 	  $(MAKE) debian-postgresql || exit; fi
 

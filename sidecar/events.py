@@ -217,6 +217,55 @@ class PoolSnapshot:
     prepared_statements: int  # on all connections together
 
 
+@dataclass(frozen=True, slots=True)
+class ClientSnapshot:
+    """One client connection at one instant. Instants are those of the sidecar's clock."""
+
+    id: int
+    pool: str
+    user: str
+    database: str  # as the client named it
+    application: str
+    address: str  # "unix" for a local socket
+    port: int
+    local_address: str
+    local_port: int
+    tls: str  # version/cipher; empty if not encrypted
+    opened_at: float
+    asked_at: float  # the beginning of its last lease or wait; 0 before the first
+    waiting_since: float  # 0 if it does not wait
+    deadline: float  # of that wait
+    server: int  # the id of the server connection it has; 0 if none
+    prepared_statements: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSnapshot:
+    """One server connection at one instant. Instants are those of the sidecar's clock."""
+
+    id: int
+    pool: str
+    user: str
+    database: str
+    state: str
+    address: str  # "unix" for a local socket
+    port: int
+    local_address: str
+    local_port: int
+    tls: str  # version/cipher; empty if not encrypted
+    opened_at: float
+    leased_at: float  # the last lease; 0 if there was none
+    query_started: float  # 0 if none runs
+    status_since: float  # the last time the server was ready
+    in_transaction: bool
+    pid: int
+    prepared_statements: int
+    cancels: int  # cancel requests under way
+    is_replaced: bool  # closed as soon as it is released
+    pin: PinReason | None
+    pinned_at: float  # 0 if it is not known
+
+
 class Traffic:
     """Bytes moved since start. Plain attributes: sessions add to them without a call."""
 
@@ -278,9 +327,11 @@ class PoolObserver(Protocol):
 class Observer(Protocol):
     """What the sidecar as a whole reports."""
 
-    traffic: Traffic
+    traffic: Traffic  # of logins, and of whoever has no pool
 
     def pool(self, name: str) -> PoolObserver: ...
+
+    def pool_traffic(self, name: str) -> Traffic: ...
 
     def client_ended(self, listener: Listener, outcome: ClientOutcome) -> None:
         """The fate of a new client connection is known: accepted, rejected or auth_failed."""

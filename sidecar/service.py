@@ -18,10 +18,12 @@ from prometheus_client import CollectorRegistry
 
 from sidecar.api.server import HttpServer
 from sidecar.config import Config
+from sidecar.console.desk import Desk
 from sidecar.errors import ConfigError
 from sidecar.events import Observer, PoolSnapshot
 from sidecar.observe.metrics import MetricsText
 from sidecar.observe.recorder import Recorder
+from sidecar.operate import Operations
 from sidecar.pool.pool import Pool
 from sidecar.pool.server import clock
 from sidecar.proxy.listener import PgListener
@@ -45,6 +47,7 @@ class Service:
         )
         self._observer: Final[Observer] = self.recorder if observer is None else observer
         self.pools: dict[str, Pool] = {}
+        self.operations: Final = Operations(config, self.pools, self.recorder)
         self._listener: PgListener | None = None
         self._http: HttpServer | None = None
         self._stopping = asyncio.Event()
@@ -116,10 +119,14 @@ class Service:
         observer = self._observer
         tables: dict[str, PoolTables] = {}
         for config in self.config.pools.values():
-            pool = Pool(config, observer.pool(config.name), observer.traffic, self._spawn)
+            pool = Pool(
+                config, observer.pool(config.name), observer.pool_traffic(config.name), self._spawn
+            )
             self.pools[config.name] = pool
             tables[config.name] = PoolTables(pool)
-        self._listener = PgListener(self.config, tables, observer, self._spawn)
+        self._desk = Desk(self.operations, self._spawn, observer.traffic, clock)
+        self._listener = PgListener(self.config, tables, observer, self._spawn, self._desk)
+        self.operations.listener = self._listener
         metrics = MetricsText(self.recorder, self.snapshots, self._clients, CollectorRegistry())
         http = HttpServer(self.config.http, metrics, self.readiness, self.recorder)
         await self._listener.start()
@@ -150,6 +157,7 @@ class Service:
             for pool in self.pools.values():
                 pool.tick(now)
             self.recorder.tick(now)
+            self._desk.tick(now)
             due = max(due + TICK, now)
 
     async def _drain(self) -> None:

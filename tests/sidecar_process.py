@@ -41,6 +41,8 @@ def configuration(
     listen: Mapping[str, object] | None = None,
     http: Mapping[str, object] | None = None,
     log: Mapping[str, object] | None = None,
+    users: Mapping[str, object] | None = None,
+    console: Mapping[str, object] | None = None,
     drain_timeout: str = "1s",
     **main: object,
 ) -> str:
@@ -54,6 +56,8 @@ def configuration(
         "listen": {"port": 0, "auth": "trust", **(listen or {})},
         "http": {"port": 0, **(http or {})},
         "log": log or {},
+        "users": users or {},
+        "console": console or {},
         "pools": pools,
         "drain_timeout": drain_timeout,
     }

@@ -38,7 +38,9 @@ ROOMS = {
     "proxy": "pool protocol sql config hba events errors",
     "observe": "events",
     "api": "observe config events",
-    "service": "api observe proxy pool config events errors",
+    "console": "protocol config config_values events errors",
+    "operate": "console proxy pool observe config events errors",
+    "service": "operate console api observe proxy pool config events errors",
     "check": "pool protocol config events errors",
     "demo": "service observe config config_file events errors",
     "cli": "demo service check config config_file logs errors",
@@ -58,6 +60,8 @@ PURE = (
         "api.negotiate",
         "api.page",
     ),
+    *("console.commands", "console.extended", "console.rows", "console.facts"),
+    *("console.tables", "console.beyond", "console.words"),
 )
 """Modules that do no I/O, know no clock and write no log: time is an argument of theirs."""
 

@@ -20,6 +20,7 @@ import uvloop
 
 from sidecar import config_file
 from sidecar.demo.postgres import EmbeddedPostgres
+from sidecar.operate import Operations
 from sidecar.pool.pool import Pool
 from sidecar.protocol import messages as m
 from sidecar.service import Service
@@ -273,6 +274,7 @@ class Sidecar:
         pools: Mapping[str, Mapping[str, object]] | None = None,
         listen: Mapping[str, object] | None = None,
         users: Mapping[str, str | Mapping[str, object]] | None = None,
+        console: Mapping[str, object] | None = None,
         **main: object,
     ) -> None:
         if pools is None:
@@ -286,6 +288,7 @@ class Sidecar:
                 name: {"password": entry} if isinstance(entry, str) else entry
                 for name, entry in (users or {}).items()
             },
+            "console": console or {},
             "drain_timeout": "0",
         }
         text = json.dumps(sections).replace("$", "$$")
@@ -340,6 +343,11 @@ class Sidecar:
     @property
     def pool(self) -> Pool:
         return self.service.pools["main"]
+
+    @property
+    def operations(self) -> Operations:
+        """What the console reads and does."""
+        return self.service.operations
 
     @property
     def tasks(self) -> int:

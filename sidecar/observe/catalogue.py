@@ -377,12 +377,13 @@ def _pool_info_lines(scrape: Scrape) -> Iterable[str]:
 
 
 def _network_bytes(scrape: Scrape) -> Iterable[int]:
-    traffic = scrape.recorder.traffic
+    recorder = scrape.recorder
+    traffics = [recorder.traffic, *(pool.traffic for pool in recorder.pools.values())]
     return (
-        traffic.client_received,
-        traffic.client_sent,
-        traffic.server_received,
-        traffic.server_sent,
+        sum(traffic.client_received for traffic in traffics),
+        sum(traffic.client_sent for traffic in traffics),
+        sum(traffic.server_received for traffic in traffics),
+        sum(traffic.server_sent for traffic in traffics),
     )
 
 

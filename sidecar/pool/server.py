@@ -10,6 +10,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Mapping
+from itertools import count
 from typing import Any, Final, Protocol
 
 from sidecar.config import ServerTarget
@@ -25,6 +26,9 @@ MAX_LOGIN_MESSAGE = 64 * 1024
 
 _MAX_LOGIN_MESSAGES = 1000  # PostgreSQL 18 sends about 20
 _MAX_PARAMETERS = 200  # PostgreSQL 18 reports 16
+
+
+_ids: Final = count(1)
 
 
 class Receiver(Protocol):
@@ -66,6 +70,7 @@ class ServerConnection:
         "deadline",
         "effects",
         "expected",
+        "id",
         "is_dirty",
         "is_skipping",
         "lacks",
@@ -105,6 +110,7 @@ class ServerConnection:
         self.close_reason = CloseReason.SERVER_CLOSED
         self.last_error = ""  # SQLSTATE of an error that nobody had asked for
         # identity
+        self.id: Final = next(_ids)  # told to people; no two connections have the same
         self.pid = 0
         self.secret = b""
         self.parameters: dict[bytes, bytes] = {}  # as the server reports them

@@ -9,17 +9,21 @@ import hmac
 import logging
 import secrets
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
 from sidecar.config import Config, PoolConfig, remarks
 from sidecar.errors import ConfigError, PoolClosed, PoolSaturated
-from sidecar.events import ClientOutcome, Listener, Observer
+from sidecar.events import ClientOutcome, ClientSnapshot, Listener, Observer
 from sidecar.pool.opening import Spawn
+from sidecar.pool.server import clock
 from sidecar.protocol.startup import CancelRequest
+from sidecar.proxy import telling
 from sidecar.proxy.authenticate import Authenticator
 from sidecar.proxy.certificates import Certificates, Identity
+from sidecar.proxy.guests import Console, Guest, NoConsole
 from sidecar.proxy.relay import PoolTables, Relay
 from sidecar.proxy.session import Session
 
@@ -30,6 +34,9 @@ _BACKLOG: Final = 1024
 _LOGINS_BEYOND: Final = 100
 """Sockets beyond ``max_clients`` that may be in login, to be told why they are refused."""
 
+_GUESTS_BEYOND: Final = 10
+"""Clients of the console beyond ``max_clients``: a full pool is when one wants to look."""
+
 
 class PgListener:
     def __init__(
@@ -38,7 +45,9 @@ class PgListener:
         tables: Mapping[str, PoolTables],
         observer: Observer,
         spawn: Spawn,
+        console: Console | None = None,
     ) -> None:
+        self.console: Final = console or NoConsole()
         self._config: Final = config
         self._tables: Final = tables
         self._observer: Final = observer
@@ -46,10 +55,11 @@ class PgListener:
         self._servers: list[asyncio.Server] = []
         self._socket_path: Path | None = None
         self._logins: set[Session] = set()
-        self._relays: set[Relay] = set()
-        self._keys: dict[int, list[Relay]] = {}
+        self._relays: set[Relay | Guest] = set()
+        self._keys: dict[int, list[Relay | Guest]] = {}
         """By the pid of their cancel keys. Those who keep a server connection have its backend's, one
         after the other, and we may have chosen the same for another client."""
+        self._ids = count(1)
         self._next_pid = secrets.randbelow(1 << 30) + 1
         self._certificates: Certificates | None = None
         if config.listen.tls_cert_file is not None and config.listen.tls_mode != "disable":
@@ -136,6 +146,18 @@ class PgListener:
         """Client connections now, those in login included."""
         return len(self._relays) + len(self._logins)
 
+    @property
+    def logins(self) -> int:
+        return len(self._logins)
+
+    def relays(self) -> list[Relay]:
+        """The clients that are logged in, but for those of the console."""
+        found = [relay for relay in self._relays if isinstance(relay, Relay)]
+        return sorted(found, key=lambda relay: relay.id)
+
+    def snapshots(self) -> Iterator[ClientSnapshot]:
+        return telling.clients(self.relays())
+
     def pool_for(self, database: str) -> PoolConfig:
         return self._config.pool_for(database)
 
@@ -153,7 +175,15 @@ class PgListener:
                 hint="The limit is listen.max_clients.",
             )
 
-    def register(self, relay: Relay, pid: int | None = None) -> None:
+    def admit_guest(self) -> None:
+        limit = self._config.listen.max_clients + _GUESTS_BEYOND
+        if len(self._relays) >= limit:
+            raise PoolSaturated(
+                "sorry, too many clients already",
+                detail=f"{limit} clients are connected to the pool and to its console.",
+            )
+
+    def register(self, relay: Relay | Guest, pid: int | None = None) -> None:
         """Let cancel requests find the relay. ``pid`` is its backend's, where it has one of its own."""
         if pid is None:
             while self._next_pid in self._keys:
@@ -161,10 +191,12 @@ class PgListener:
             pid = self._next_pid
             self._next_pid = pid % 0x7FFFFFFF + 1
         relay.pid = pid
+        relay.id = next(self._ids)
+        relay.opened_at = clock()
         self._relays.add(relay)
         self._keys.setdefault(pid, []).append(relay)
 
-    def gone(self, relay: Relay) -> None:
+    def gone(self, relay: Relay | Guest) -> None:
         self._relays.discard(relay)
         sharing = self._keys.get(relay.pid)
         if sharing is not None and relay in sharing:

@@ -89,9 +89,11 @@ class Relay:
         "_unleased",
         "client",
         "deadline",
+        "id",
         "is_closed",
         "is_leaving",
         "is_waiting",
+        "opened_at",
         "pid",
         "replies",
         "requests",
@@ -127,6 +129,8 @@ class Relay:
             pool.config.slow_query_threshold,
             holds_lease=self._holds_lease,
         )
+        self.id = 0  # told to people; no two clients have the same
+        self.opened_at = 0.0
         self.pid = 0  # of BackendKeyData
         self.secret = b""
         self.is_waiting = False
@@ -630,11 +634,17 @@ class Relay:
         )
         self.close()
 
+    @property
+    def pool_name(self) -> str:
+        return self._pool.name
+
+    def application(self) -> str:
+        name = self._carrier.settings.values.get(b"application_name", b"")
+        return name.decode("utf-8", "replace")
+
     def describe(self, now: float) -> str:
         server = self.server
-        application = self._carrier.settings.values.get(b"application_name", b"").decode(
-            "utf-8", "replace"
-        )
+        application = self.application()
         who = f'application "{application}"' if application else "a client without application_name"
         who += f', user "{self.client.user}", {self.client.address}'
         if server is None:

@@ -128,6 +128,11 @@ class Requests:
         self.passing = 0  # bytes of a message that are still to come
         self.wants_to_leave = False  # Terminate was seen
 
+    @property
+    def statements(self) -> int:
+        """Prepared statements that the client has names for."""
+        return len(self._statements)
+
     def begin_lease(self) -> None:
         self._has_unnamed = False
         self._has_bound = False

@@ -19,8 +19,9 @@ from sidecar.protocol import messages as m
 from sidecar.protocol import startup
 from sidecar.proxy.authenticate import Authenticator
 from sidecar.proxy.certificates import Identity
-from sidecar.proxy.relay import Client, PoolTables, Registry, Relay
-from sidecar.proxy.settings import Settings, from_startup
+from sidecar.proxy.guests import Console, Guest
+from sidecar.proxy.relay import Client, PoolTables, Relay
+from sidecar.proxy.settings import from_startup
 from sidecar.proxy.tls import ALPN, HandshakeFailed, TlsTransport
 
 log = logging.getLogger("pgsidecar.proxy")
@@ -31,8 +32,11 @@ _MAX_BUFFERED: Final = 64 * 1024
 _MAX_PASSWORD: Final = 64 * 1024  # bytes; PG_MAX_AUTH_TOKEN_LENGTH
 
 
-class Host(Registry, Protocol):
+class Host(Protocol):
     """The listener, as its sessions see it."""
+
+    @property
+    def console(self) -> Console: ...
 
     @property
     def traffic(self) -> Traffic: ...
@@ -57,7 +61,12 @@ class Host(Registry, Protocol):
     def admit(self) -> None:
         """Raises PoolSaturated or PoolClosed if no further client is allowed."""
 
-    def register(self, relay: Relay, pid: int | None = None) -> None: ...
+    def admit_guest(self) -> None:
+        """The same for a client of the console."""
+
+    def register(self, relay: Relay | Guest, pid: int | None = None) -> None: ...
+
+    def gone(self, relay: Relay | Guest) -> None: ...
 
     def cancel(self, request: startup.CancelRequest) -> asyncio.Future[None] | None:
         """Pass it on. The future is done when the server has it; None: nobody has to be asked."""
@@ -175,6 +184,8 @@ class Session:
         self._check(packet)
         user = packet.text(b"user")
         database = packet.text(b"database") or user
+        if self._host.console.is_meant(database):
+            return await self._log_in_to_console(packet, user, database, deadline)
         pool, no_pool = self._find_pool(database)
         await self._host.authenticator.authenticate(self, user, database, pool, deadline)
         if pool is None:
@@ -191,7 +202,26 @@ class Session:
         relay = Relay(tables, self._host, Client(user, database, self.address), settings)
         relay.secret = secrets.token_bytes(packet.secret_size)
         self._host.register(relay)
-        self._hand_over(relay, tables, settings)
+        values = (settings.canonical or settings).values
+        told = [
+            m.parameter_status(name, values.get(name.lower(), value))
+            for name, value in tables.pool.opener.parameters.items()
+        ]
+        self._hand_over(relay, b"".join(told))
+        return ClientOutcome.ACCEPTED
+
+    async def _log_in_to_console(
+        self, packet: startup.StartupMessage, user: str, database: str, deadline: float
+    ) -> ClientOutcome:
+        await self._host.authenticator.authenticate(self, user, database, None, deadline)
+        application = packet.text(b"application_name")
+        self._host.admit_guest()
+        if self._is_closed:
+            raise _Gone
+        guest = self._host.console.receive(user, database, application, self._host)
+        guest.secret = secrets.token_bytes(packet.secret_size)
+        self._host.register(guest)
+        self._hand_over(guest, guest.greeting())
         return ClientOutcome.ACCEPTED
 
     def _find_pool(self, database: str) -> tuple[PoolConfig | None, SidecarError | None]:
@@ -225,15 +255,11 @@ class Session:
             minor = min(packet.minor, startup.NEWEST_MINOR)
             self.write(m.negotiate_protocol_version(minor, packet.unknown_options))
 
-    def _hand_over(self, relay: Relay, tables: PoolTables, settings: Settings) -> None:
-        values = (settings.canonical or settings).values
-        told = [
-            m.parameter_status(name, values.get(name.lower(), value))
-            for name, value in tables.pool.opener.parameters.items()
-        ]
+    def _hand_over(self, relay: Relay | Guest, told: bytes) -> None:
+        """``told``: ParameterStatus messages."""
         self.write(
             m.authentication(m.AUTH_OK)
-            + b"".join(told)
+            + told
             + m.backend_key_data(relay.pid, relay.secret)
             + m.READY_IDLE_MESSAGE
         )

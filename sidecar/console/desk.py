@@ -1,0 +1,180 @@
+"""Who may use the console, what each command does, and who is there.
+
+The ``Console`` of the proxy's listener. Reads and acts through ``Control``; runs no task of its
+own but those of its sessions.
+"""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import Final, Protocol
+
+from sidecar.config_values import CONSOLE_DATABASE
+from sidecar.console import commands
+from sidecar.console.commands import ANYONE, Command, Verb
+from sidecar.console.facts import Averages, Control, View
+from sidecar.console.rows import Column, columns
+from sidecar.console.session import Answer, ConsoleSession, Spawn
+from sidecar.console.tables import TABLES
+from sidecar.errors import AuthenticationFailed, SidecarError
+from sidecar.events import ClientSnapshot, Traffic
+
+PGBOUNCER: Final = "pgbouncer"
+"""PgBouncer's own name of its console, which some programs have built in. A pool may have it."""
+
+
+class Registry(Protocol):
+    """Who keeps the sessions: the proxy's listener."""
+
+    def gone(self, guest: ConsoleSession) -> None: ...
+
+
+class Desk:
+    def __init__(
+        self, control: Control, spawn: Spawn, traffic: Traffic, clock: Callable[[], float]
+    ) -> None:
+        self._control: Final = control
+        self._spawn: Final = spawn
+        self._traffic: Final = traffic
+        self._clock: Final = clock
+        self._averages: Final = Averages(clock())
+        self._sessions: dict[ConsoleSession, Registry] = {}
+
+    def tick(self, now: float) -> None:
+        self._averages.tick(now, self._control.pools)
+
+    # -- who comes -----------------------------------------------------------------------------
+
+    def is_meant(self, database: str) -> bool:
+        if database == PGBOUNCER:
+            try:
+                self._control.config.pool_for(database)
+            except SidecarError:
+                return True
+        return database == CONSOLE_DATABASE
+
+    def receive(
+        self, user: str, database: str, application: str, registry: Registry
+    ) -> ConsoleSession:
+        console = self._control.config.console
+        is_admin = user in console.admin_users
+        if not is_admin and user not in console.stats_users:
+            raise AuthenticationFailed(
+                f'user "{user}" may not use the console',
+                hint="Those who may are in console.admin_users and console.stats_users.",
+                sqlstate="28000",
+            )
+        session = ConsoleSession(
+            self,
+            self._spawn,
+            self._traffic,
+            user=user,
+            database=database,
+            application=application,
+            is_admin=is_admin,
+        )
+        self._sessions[session] = registry
+        return session
+
+    def gone(self, session: ConsoleSession) -> None:
+        registry = self._sessions.pop(session, None)
+        if registry is not None:
+            registry.gone(session)
+
+    # -- what they want ------------------------------------------------------------------------
+
+    def columns(self, command: Command) -> Sequence[Column]:
+        if command.verb is not Verb.SHOW:
+            return ()
+        if command.argument in TABLES:
+            return TABLES[command.argument].columns
+        if commands.setting(command.argument) is not None:
+            return columns(command.argument.lower())
+        return ()
+
+    async def answer(self, session: ConsoleSession, command: Command) -> Answer:
+        if command.verb not in ANYONE and not session.is_admin:
+            raise SidecarError(
+                f'user "{session.user}" may not {command.verb}',
+                hint="Those who may are in console.admin_users.",
+                sqlstate="42501",
+            )
+        match command.verb:
+            case Verb.SHOW:
+                return self._show(command)
+            case Verb.SET:
+                commands.refuse_set(command.argument)
+                return Answer("SET", notices=[("SET ignored", "")])
+            case Verb.BEGIN | Verb.COMMIT | Verb.ROLLBACK:
+                return Answer(command.verb)  # for drivers that cannot do without
+            case _:
+                raise commands.refuse(command.verb)
+
+    def _show(self, command: Command) -> Answer:
+        what = command.argument
+        if what == "HELP":
+            return Answer("SHOW", notices=[("Console usage", commands.HELP)])
+        if what in TABLES:
+            table = TABLES[what]
+            return Answer("SHOW", table.columns, table.rows(self._view()))
+        value = commands.setting(what)
+        if value is None:
+            raise commands.refuse(what)
+        return Answer("SHOW", self.columns(command), iter([(value,)]))
+
+    def _view(self) -> View:
+        now = self._clock()
+        offset = time.time() - now
+
+        def when(instant: float) -> str:
+            if instant <= 0.0:
+                return ""
+            return datetime.fromtimestamp(instant + offset, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+        return View(
+            self._control,
+            now,
+            when,
+            [_snapshot(session, now) for session in self._sessions if session.id],
+            lambda facts: self._averages.of(facts, now),
+            _memory(),
+        )
+
+
+def _snapshot(session: ConsoleSession, now: float) -> ClientSnapshot:
+    transport = session.transport
+    address, port = _address(transport.get_extra_info("peername"))
+    local_address, local_port = _address(transport.get_extra_info("sockname"))
+    tls = transport.get_extra_info("ssl_object")
+    return ClientSnapshot(
+        id=session.id,
+        pool=CONSOLE_DATABASE,
+        user=session.user,
+        database=session.database,
+        application=session.application,
+        address=address,
+        port=port,
+        local_address=local_address,
+        local_port=local_port,
+        tls="" if tls is None else str(tls.version()),
+        opened_at=session.opened_at,
+        asked_at=now,
+        waiting_since=0.0,
+        deadline=0.0,
+        server=0,
+        prepared_statements=0,
+    )
+
+
+def _address(name: object) -> tuple[str, int]:
+    return (str(name[0]), int(name[1])) if isinstance(name, tuple) else ("unix", 0)
+
+
+def _memory() -> int:
+    """Resident bytes; 0 where there is no /proc."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0

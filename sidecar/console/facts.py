@@ -1,0 +1,123 @@
+"""What the console is shown, and what it may have done: its one window to the rest of the sidecar.
+
+Pure. ``service`` implements ``Control``; snapshots of clients and server connections come from
+``events``.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from sidecar.config import Config, PoolConfig
+from sidecar.events import ClientSnapshot, PoolSnapshot, ServerSnapshot
+
+PERIOD: Final = 60.0
+"""Seconds over which averages are taken (PgBouncer's ``stats_period``)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What happened since the start. Times in seconds."""
+
+    assignments: int = 0
+    transactions: int = 0
+    queries: int = 0
+    received: int = 0  # bytes from clients
+    sent: int = 0  # bytes to clients
+    transaction_time: float = 0.0
+    query_time: float = 0.0
+    wait_time: float = 0.0
+    client_parses: int = 0  # prepared statements with a name
+    server_parses: int = 0  # of them, those that a server connection did not have
+
+    def since(self, before: "Totals") -> "Totals":
+        return Totals(
+            self.assignments - before.assignments,
+            self.transactions - before.transactions,
+            self.queries - before.queries,
+            self.received - before.received,
+            self.sent - before.sent,
+            self.transaction_time - before.transaction_time,
+            self.query_time - before.query_time,
+            self.wait_time - before.wait_time,
+            self.client_parses - before.client_parses,
+            self.server_parses - before.server_parses,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PoolFacts:
+    """One pool at one instant."""
+
+    snapshot: PoolSnapshot
+    config: PoolConfig
+    totals: Totals
+    is_paused: bool
+    is_disabled: bool
+    why_down: str  # empty while the server can be used
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What a RELOAD changed, and what it could not."""
+
+    applied: Sequence[str]
+    needs_restart: Sequence[str]
+
+
+class Control(Protocol):
+    """The service, as the console sees it. A database is meant by the name of its pool."""
+
+    @property
+    def config(self) -> Config: ...
+
+    @property
+    def pg_address(self) -> tuple[str, int]: ...
+
+    def pools(self) -> list[PoolFacts]: ...
+
+    def clients(self) -> Iterator[ClientSnapshot]: ...
+
+    def servers(self) -> Iterator[ServerSnapshot]: ...
+
+    def logins(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a SHOW command is made from."""
+
+    control: Control
+    now: float
+    when: Callable[[float], str]
+    """An instant in words; empty for 0."""
+    guests: Sequence[ClientSnapshot]
+    """The clients of the console."""
+    averages: Callable[[PoolFacts], "tuple[Totals, float]"]
+    """What happened in the last period, and how many seconds it had."""
+    memory: int
+    """Bytes of memory in use."""
+
+
+class Averages:
+    """Remembers totals, so that there are figures of the last full period."""
+
+    def __init__(self, now: float) -> None:
+        self._started = now
+        self._due = now + PERIOD
+        self._before: dict[str, tuple[float, Totals]] = {}
+        self._last: dict[str, tuple[float, Totals]] = {}
+
+    def tick(self, now: float, pools: Callable[[], list[PoolFacts]]) -> None:
+        """Called often; looks at the pools once a period."""
+        if now >= self._due:
+            self._due = max(self._due + PERIOD, now)
+            self._before = self._last
+            self._last = {facts.snapshot.name: (now, facts.totals) for facts in pools()}
+
+    def of(self, facts: PoolFacts, now: float) -> tuple[Totals, float]:
+        """In the last full period; before there was one, since the start."""
+        name = facts.snapshot.name
+        at, totals = self._last.get(name, (now, facts.totals))
+        since, before = self._before.get(name, (self._started, Totals()))
+        return totals.since(before), max(at - since, 0.001)
