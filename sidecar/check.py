@@ -1,18 +1,22 @@
 """``pgsidecar check``: is the configuration usable, and does each pool's server let us in?
 
-Uses the pool's own way to connect, so that what it finds is what the pool will find.
+Uses the pool's own way to connect, so that what it finds is what the pool will find. Of a template
+it can tell less: which databases and users there will be, is known to its clients.
 """
 
 import asyncio
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from sidecar.config import Config, PoolConfig, remarks
-from sidecar.errors import SidecarError
+from sidecar.config import Config, PoolConfig, ServerTarget, remarks
+from sidecar.errors import ServerError, SidecarError
 from sidecar.events import Traffic
 from sidecar.pool import health
 from sidecar.pool.server import ServerConnection, clock
 from sidecar.protocol import messages as m
+
+_SOME_DATABASE = "postgres"
+"""Where a template's user is tried: most servers have it."""
 
 _LIMITS = m.query(
     b"SELECT current_setting('max_connections')::int"
@@ -30,6 +34,7 @@ class Finding:
     version: str = ""
     took: float = 0.0  # seconds to connect
     limit: int = 0  # connections that ordinary users can have, in all
+    note: str = ""  # of a template: what was not found out
 
     @property
     def is_ok(self) -> bool:
@@ -82,7 +87,10 @@ async def check(config: Config) -> list[Finding]:
 
 
 async def _try(pool: PoolConfig) -> Finding:
-    server = ServerConnection(_Owner(), pool.target, Traffic())
+    target = pool.target
+    if pool.is_template and target.user and not target.database:
+        target = replace(target, database=_SOME_DATABASE)
+    server = ServerConnection(_Owner(), target, Traffic())
     began = clock()
     try:
         async with asyncio.timeout_at(began + pool.connect_timeout):
@@ -93,12 +101,26 @@ async def _try(pool: PoolConfig) -> Finding:
             server.write(_LIMITS)
             limit = await answer.done
     except (OSError, SidecarError) as exc:
+        if pool.is_template and (note := _note(exc, target)):
+            return Finding(pool, took=clock() - began, note=note)
         hint = exc.hint if isinstance(exc, SidecarError) else ""
         return Finding(pool, problem=health.describe(exc), hint=hint)
     finally:
         server.abort()
     version = server.parameters.get(b"server_version", b"?").decode()
     return Finding(pool, version=version, took=took, limit=int(limit or 0))
+
+
+def _note(exc: Exception, target: ServerTarget) -> str:
+    """What is still good news for a template: an answer of the server that is not about what the
+    configuration says. Empty if it is none."""
+    if not isinstance(exc, ServerError) or not health.is_refusal(exc):
+        return ""
+    if not target.user:
+        return "it answers; databases and users are the clients'"
+    if exc.sqlstate in ("3D000", "42501"):  # after the password: PostgreSQL looks at it first
+        return f"it lets {target.user} in; databases are the clients'"
+    return ""
 
 
 def report(config: Config, findings: list[Finding]) -> str:
@@ -125,9 +147,12 @@ def _describe(finding: Finding) -> Iterator[str]:
     mark = "ok  " if finding.is_ok else "FAIL"
     yield (
         f"{mark}  pool {pool.name}: {pool.mode} mode, at most {pool.max_size} connections, "
-        f"{pool.min_idle} kept idle, as {target.user} to {target.database} at {target.describe()}"
+        f"{pool.min_idle} kept idle, as {target.user or 'each user'} to "
+        f"{target.database or 'each database'} at {target.describe()}"
     )
-    if finding.is_ok:
+    if finding.note:
+        yield f"      PostgreSQL: {finding.note}"
+    elif finding.is_ok:
         yield f"      PostgreSQL {finding.version}, connected in {finding.took * 1000:.1f} ms"
     else:
         yield f"      {finding.problem}"

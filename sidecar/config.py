@@ -30,6 +30,7 @@ from sidecar.config_values import (
     file_path,
     flag,
     is_loopback,
+    name_matches,
     pool_name,
     scram_verifier,
     socket_dir,
@@ -207,8 +208,8 @@ class PoolConfig(Section):
     """One pool: which server, database and user, and how many connections for how long."""
 
     name: str
-    """The pool's key in the file; not an option."""
-    dsn: Annotated[SecretStr, AfterValidator(_usable_dsn)]
+    """The pool's key in the file; not an option. With ``*`` it is a pattern, and the pool a template."""
+    dsn: SecretStr
     """Connection string of the server, a URL or key=value; empty: the pool is left out."""
     mode: PoolMode = PoolMode.TRANSACTION
     """How long a client keeps a server connection: a statement, a transaction, or its session."""
@@ -223,9 +224,10 @@ class PoolConfig(Section):
     ] = None
     """Connection string for ``auth_query``; empty: the pool's own."""
     max_size: Annotated[int, whole(1, 1000)] = 25
-    """Most server connections."""
+    """Most server connections; of a template: of all its pools together."""
     min_idle: Annotated[int, whole(0, 1000)] = 5
-    """Idle server connections kept ready; where not given, no more than ``max_size``."""
+    """Idle server connections kept ready; where not given, no more than ``max_size``, and 0 for
+    a template, of which each pool keeps so many while it has clients."""
     max_waiting: Annotated[int, whole(0, 100_000)] = 0
     """Most clients that wait for a connection; further ones get an error; 0: no limit of its own."""
     max_clients: Annotated[int, whole(0, 100_000)] = 0
@@ -255,6 +257,13 @@ class PoolConfig(Section):
     slow_query_threshold: Annotated[float, duration("1ms", "1d")] = 5.0
     """Seconds after which a query counts as slow."""
 
+    @field_validator("dsn")
+    @classmethod
+    def _dsn_is_usable(cls, dsn: SecretStr, info: ValidationInfo) -> SecretStr:
+        if _is_given(dsn):
+            parse_dsn(dsn.get_secret_value(), is_template="*" in info.data.get("name", ""))
+        return dsn
+
     @field_validator("min_idle")
     @classmethod
     def _min_idle_fits(cls, min_idle: int, info: ValidationInfo) -> int:
@@ -268,14 +277,34 @@ class PoolConfig(Section):
     @model_validator(mode="after")
     def _default_min_idle_fits(self) -> "PoolConfig":
         # Who writes "max_size: 3" should not have to know of min_idle.
-        if "min_idle" not in self.model_fields_set and self.min_idle > self.max_size:
-            self.__dict__["min_idle"] = self.max_size  # past "frozen", before anyone has seen it
+        if "min_idle" not in self.model_fields_set:
+            fitting = 0 if self.is_template else min(self.min_idle, self.max_size)
+            self.__dict__["min_idle"] = fitting  # past "frozen", before anyone has seen it
+        return self
+
+    @model_validator(mode="after")
+    def _auth_query_has_a_login(self) -> "PoolConfig":
+        if (
+            self.auth_query
+            and self.auth_dsn is None
+            and _is_given(self.dsn)
+            and not (self.target.user and self.target.database)
+        ):
+            raise ValueError(
+                "with auth_query, and a dsn that names no user or no database; allowed: with"
+                " auth_dsn, too"
+            )
         return self
 
     @property
+    def is_template(self) -> bool:
+        """Its name is a pattern: a pool for each database and user that clients ask for."""
+        return "*" in self.name
+
+    @property
     def target(self) -> ServerTarget:
-        """The connection string, read."""
-        return parse_dsn(self.dsn.get_secret_value())
+        """The connection string, read; a template's may have no database and no user."""
+        return parse_dsn(self.dsn.get_secret_value(), is_template=self.is_template)
 
 
 class ConsoleConfig(Section):
@@ -325,15 +354,22 @@ class Config(Section):
     """Seconds that leases get to finish at shutdown; 0: none."""
 
     def pool_for(self, database: str) -> PoolConfig:
-        """The pool a client means by ``database``: a pool's name, else the database of its server.
+        """The pool a client means by ``database``: a pool's name, else the database of its server,
+        else the most specific template: the one with most characters besides ``*``, the first of
+        equals.
 
         ``SidecarError`` with SQLSTATE 3D000 if no pool is meant, or several are.
         """
-        if database in self.pools:
+        templates = [pool for pool in self.pools.values() if pool.is_template]
+        pools = [pool for pool in self.pools.values() if not pool.is_template]
+        if database in self.pools and not self.pools[database].is_template:
             return self.pools[database]
-        serving = [pool for pool in self.pools.values() if pool.target.database == database]
+        serving = [pool for pool in pools if pool.target.database == database]
         if len(serving) == 1:
             return serving[0]
+        matching = [pool for pool in templates if database and name_matches(pool.name, database)]
+        if matching and not serving:
+            return max(matching, key=lambda pool: len(pool.name.replace("*", "")))
         if serving:
             names = ", ".join(sorted(pool.name for pool in serving))
             message = f'database "{database}" is served by several pools: {names}'
@@ -380,8 +416,8 @@ def _printable(value: object) -> object:
             if isinstance(value, PoolConfig):
                 target = value.target
                 shown["server"] = target.describe()
-                shown["database"] = target.database
-                shown["user"] = target.user
+                shown["database"] = target.database or "the client's"
+                shown["user"] = target.user or "the client's"
             return shown
         case tuple():
             return ", ".join(value)

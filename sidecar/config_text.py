@@ -271,7 +271,7 @@ def _entry(word: str, entries: "Node | None") -> str:
     names = [
         name
         for name in (entries if isinstance(entries, dict) else ())
-        if re.sub("[-.]", "_", name.lower()) == re.sub("[-.]", "_", word)
+        if re.sub("[-.*]", "_", name.lower()) == re.sub("[-.*]", "_", word)
     ]
     if len(names) > 1:
         raise ValueError(f"may mean {' or '.join(map(shown, names))}; allowed: one that is clear")

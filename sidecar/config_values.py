@@ -101,11 +101,32 @@ def socket_dir(value: object) -> object:
 
 
 def pool_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,63}", name):
-        raise ValueError("is not a pool's name; allowed: 1 to 63 of A-Z a-z 0-9 _ . -")
+    if not re.fullmatch(r"[A-Za-z0-9_.*-]{1,63}", name):
+        raise ValueError(
+            "is not a pool's name; allowed: 1 to 63 of A-Z a-z 0-9 _ . -, and * in a template's"
+        )
     if name == CONSOLE_DATABASE:
         raise ValueError("is the name of the console; allowed: any other name")
     return name
+
+
+def name_matches(pattern: str, name: str) -> bool:
+    """Whether a template's pattern means this database; ``*`` stands for any text, also for none."""
+    first, *others = pattern.split("*")
+    if not others:
+        return name == first
+    last = others.pop()
+    if len(name) < len(first) + len(last):
+        return False
+    if not (name.startswith(first) and name.endswith(last)):
+        return False
+    pos, end = len(first), len(name) - len(last)
+    for part in others:  # the leftmost place is always good enough
+        found = name.find(part, pos, end)
+        if found < 0:
+            return False
+        pos = found + len(part)
+    return True
 
 
 def user_name(name: str) -> str:

@@ -14,10 +14,12 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict
 from pydantic import SecretStr
 
+from sidecar.protocol.authentication import ScramKeys
+
 
 @dataclass(frozen=True, slots=True)
 class ServerTarget:
-    """Where and as whom a pool connects."""
+    """Where and as whom a pool connects. Of a template, ``database`` and ``user`` may be empty."""
 
     host: str
     """A name or an address; a path (it starts with ``/``) is the directory of a Unix socket."""
@@ -27,6 +29,8 @@ class ServerTarget:
     password: SecretStr | None = None
     parameters: Mapping[str, str] = field(default_factory=dict, hash=False)
     """Startup parameters to send: ``application_name``, ``client_encoding``, ``options``."""
+    scram_keys: ScramKeys | None = None
+    """In place of a password, where the server asks for SCRAM."""
 
     def describe(self) -> str:
         """``host:port`` or the path of the socket; no secrets."""
@@ -51,9 +55,10 @@ _HARMLESS = {
 
 
 @lru_cache(maxsize=64)
-def parse_dsn(dsn: str) -> ServerTarget:
+def parse_dsn(dsn: str, *, is_template: bool = False) -> ServerTarget:
     """Read a URL or ``key=value`` string by libpq's rules and with its defaults.
 
+    Only a template's may leave out the user, and has no database where it names none.
     ``ValueError`` says all that is wrong, and quotes nothing from the string: one forgotten quote
     or percent sign makes any part of it a part of the password.
     """
@@ -70,15 +75,18 @@ def parse_dsn(dsn: str) -> ServerTarget:
         problems.append(f"it names several hosts, {_ONE_SERVER}")
     elif not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= 65535:
         problems.append("its port is not a number from 1 to 65535")
-    if not user:
+    if not user and not is_template:
         problems.append("it names no user")
+    if not user and "password" in given:
+        problems.append("it has a password and no user")
     if problems:
         raise ValueError(f"cannot be used: {'; '.join(problems)}")
     parameters = {key: given[key] for key in _PARAMETERS if key in given}
     if "fallback_application_name" in given:
         parameters.setdefault("application_name", given["fallback_application_name"])
     password = SecretStr(given["password"]) if "password" in given else None
-    return ServerTarget(host, int(port), given.get("dbname", user), user, password, parameters)
+    database = given.get("dbname", "" if is_template else user)
+    return ServerTarget(host, int(port), database, user, password, parameters)
 
 
 def _refusal(key: str, value: str) -> str | None:

@@ -4,24 +4,25 @@ Owns no state of the pools or of the listener: it reads theirs, and calls what t
 ``service``, which alone starts and stops.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Final
 
 from sidecar.config import Config
 from sidecar.console.facts import PoolFacts, Totals
-from sidecar.events import AcquireOutcome, ClientSnapshot, ServerSnapshot
+from sidecar.events import AcquireOutcome, ClientSnapshot, PoolSnapshot, ServerSnapshot
 from sidecar.observe.recorder import PoolRecorder, Recorder
 from sidecar.pool import telling
 from sidecar.pool.pool import Pool
 from sidecar.pool.server import clock
+from sidecar.proxy.directory import Directory
 from sidecar.proxy.listener import PgListener
 
 
 class Operations:
-    def __init__(self, config: Config, pools: Mapping[str, Pool], recorder: Recorder) -> None:
+    def __init__(self, config: Config, recorder: Recorder) -> None:
         self.config = config
         self.listener: PgListener | None = None  # as soon as there is one
-        self._pools: Final = pools
+        self.directory: Directory | None = None  # so
         self._recorder: Final = recorder
 
     # -- seeing --------------------------------------------------------------------------------
@@ -32,17 +33,22 @@ class Operations:
         return self.listener.address
 
     def pools(self) -> list[PoolFacts]:
-        now = clock()
-        return [self._facts(pool, now) for pool in self._pools.values()]
+        """One for each entry of the configuration; all pools of a template are one."""
+        assert self.directory is not None
+        fixed = self.directory.fixed
+        return [
+            self._facts(snapshot, fixed.get(snapshot.name))
+            for snapshot in self.directory.snapshots(clock())
+        ]
 
-    def _facts(self, pool: Pool, now: float) -> PoolFacts:
+    def _facts(self, snapshot: PoolSnapshot, pool: Pool | None) -> PoolFacts:
         return PoolFacts(
-            pool.snapshot(now),
-            pool.config,
-            _totals(self._recorder.pool(pool.name)),
+            snapshot,
+            self.config.pools[snapshot.name],
+            _totals(self._recorder.pool(snapshot.name)),
             is_paused=False,
             is_disabled=False,
-            why_down="" if pool.opener.is_up else pool.opener.why_down(),
+            why_down="" if snapshot.is_up or pool is None else pool.opener.why_down(),
         )
 
     def clients(self) -> Iterator[ClientSnapshot]:
@@ -50,7 +56,8 @@ class Operations:
         return self.listener.snapshots()
 
     def servers(self) -> Iterator[ServerSnapshot]:
-        for pool in list(self._pools.values()):
+        assert self.directory is not None
+        for pool in list(self.directory):
             yield from telling.servers(pool)
 
     def logins(self) -> int:

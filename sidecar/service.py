@@ -26,8 +26,8 @@ from sidecar.observe.recorder import Recorder
 from sidecar.operate import Operations
 from sidecar.pool.pool import Pool
 from sidecar.pool.server import clock
+from sidecar.proxy.directory import Directory
 from sidecar.proxy.listener import PgListener
-from sidecar.proxy.relay import PoolTables
 
 log = logging.getLogger("pgsidecar")
 
@@ -46,8 +46,8 @@ class Service:
             [(pool.name, pool.slow_query_threshold) for pool in config.pools.values()], clock
         )
         self._observer: Final[Observer] = self.recorder if observer is None else observer
-        self.pools: dict[str, Pool] = {}
-        self.operations: Final = Operations(config, self.pools, self.recorder)
+        self.operations: Final = Operations(config, self.recorder)
+        self._directory: Directory | None = None
         self._listener: PgListener | None = None
         self._http: HttpServer | None = None
         self._stopping = asyncio.Event()
@@ -66,9 +66,19 @@ class Service:
         assert self._http is not None
         return self._http.address
 
+    @property
+    def directory(self) -> Directory:
+        """All pools, those of templates too."""
+        assert self._directory is not None
+        return self._directory
+
+    @property
+    def pools(self) -> dict[str, Pool]:
+        """The pools that are no template's, by name."""
+        return {} if self._directory is None else self._directory.fixed
+
     def snapshots(self) -> list[PoolSnapshot]:
-        now = clock()
-        return [pool.snapshot(now) for pool in self.pools.values()]
+        return self.directory.snapshots(clock())
 
     async def start(self) -> None:
         """Returns when both ports are open. Raises ConfigError if one cannot be."""
@@ -117,16 +127,11 @@ class Service:
 
     async def _open(self) -> None:
         observer = self._observer
-        tables: dict[str, PoolTables] = {}
-        for config in self.config.pools.values():
-            pool = Pool(
-                config, observer.pool(config.name), observer.pool_traffic(config.name), self._spawn
-            )
-            self.pools[config.name] = pool
-            tables[config.name] = PoolTables(pool)
+        self._directory = Directory(self.config, observer, self._spawn)
         self._desk = Desk(self.operations, self._spawn, observer.traffic, clock)
-        self._listener = PgListener(self.config, tables, observer, self._spawn, self._desk)
+        self._listener = PgListener(self.config, self._directory, observer, self._spawn, self._desk)
         self.operations.listener = self._listener
+        self.operations.directory = self._directory
         metrics = MetricsText(self.recorder, self.snapshots, self._clients, CollectorRegistry())
         http = HttpServer(self.config.http, metrics, self.readiness, self.recorder)
         await self._listener.start()
@@ -136,15 +141,13 @@ class Service:
             where = f"{self.config.http.host}:{self.config.http.port}"
             raise ConfigError(f"http: cannot listen on {where}: {exc.strerror or exc}") from exc
         self._http = http
-        now = clock()
-        for pool in self.pools.values():
-            pool.start(now)
+        self._directory.start(clock())
         log.info(
             "ready for clients",
             extra={
                 "postgresql": "{}:{}".format(*self.pg_address),
                 "http": "{}:{}".format(*self.http_address),
-                "pools": ",".join(self.pools),
+                "pools": ",".join(self.config.pools),
             },
         )
 
@@ -154,8 +157,7 @@ class Service:
             await asyncio.sleep(due - clock())
             now = clock()
             self._observer.loop_lag(max(0.0, now - due))
-            for pool in self.pools.values():
-                pool.tick(now)
+            self.directory.tick(now)
             self.recorder.tick(now)
             self._desk.tick(now)
             due = max(due + TICK, now)
@@ -166,27 +168,28 @@ class Service:
         self._listener.stop_accepting()
         deadline = clock() + self.config.drain_timeout
         while clock() < deadline and any(  # noqa: ASYNC110  once in a life; an event would need a hook in the hot path
-            pool.state.active or pool.state.waiters for pool in self.pools.values()
+            pool.state.active or pool.state.waiters for pool in self.directory
         ):
             await asyncio.sleep(0.02)
 
     async def _close(self) -> None:
         assert self._listener is not None
         now = clock()
-        for pool in self.pools.values():
+        for pool in self.directory:
             pool.close(now)
         self._listener.end_all()
         deadline = clock() + _CLOSE_TIMEOUT
-        while clock() < deadline and any(pool.state.size for pool in self.pools.values()):  # noqa: ASYNC110  as above
+        while clock() < deadline and any(pool.state.size for pool in self.directory):  # noqa: ASYNC110  as above
             await asyncio.sleep(0.02)
-        for pool in self.pools.values():
+        for pool in self.directory:
             pool.abort()
         log.info("stopped")
 
     # -- telling ---------------------------------------------------------------------------------
 
     def readiness(self) -> list[str]:
-        """Why no traffic should come here; empty if it may."""
+        """Why no traffic should come here; empty if it may. A template is always ready: whether
+        its server is there is known when a client asks for a database."""
         if self._stopping.is_set():
             return ["draining"]
         return [

@@ -218,13 +218,13 @@ class ServiceHere(Sidecar):
 
     async def stop(self) -> None:
         """Drain and stop, and see that nothing is left: in the ledgers, and in the pools."""
-        for server in self.pool.state.idle:
+        for server in (idle for pool in self.service.directory for idle in pool.state.idle):
             owed = [server.expected, server.undo, server.operations]
             assert not any(owed), server
             assert (server.automatic, server.tx_started, server.receiver) == (0, 0.0, None)
         async with asyncio.timeout(PATIENCE):
             await self.service.stop()
-        for pool in self.service.pools.values():
+        for pool in self.service.directory:
             assert pool.state.size == 0, f"left behind: {pool.state!r}"
             assert not pool.state.waiters
 

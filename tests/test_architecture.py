@@ -27,7 +27,7 @@ ROOMS = {
     "events": "",
     "logs": "",
     "config_text": "",
-    "dsn": "",
+    "dsn": "protocol",
     "sql": "events",
     "config_values": "",
     "hba": "",
@@ -50,7 +50,7 @@ ROOMS = {
 
 PURE = (
     *("errors", "events", "sql", "config_text", "config_values", "dsn", "hba", "protocol.*"),
-    *("pool.state", "proxy.expect", "proxy.prepared", "proxy.settings"),
+    *("pool.state", "pool.budget", "proxy.expect", "proxy.prepared", "proxy.settings"),
     *("proxy.requests", "proxy.replies", "proxy.unleased"),
     *(
         "observe.sketch",

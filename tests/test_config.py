@@ -25,6 +25,7 @@ from sidecar.config import (
     redacted,
 )
 from sidecar.config_file import load, parse
+from sidecar.config_values import name_matches
 from sidecar.dsn import parse_dsn
 from sidecar.errors import ConfigError, SidecarError
 from sidecar.events import PoolMode
@@ -980,3 +981,85 @@ def test_database_of_several_pools_is_ambiguous():
     assert caught.value.sqlstate == "3D000"
     assert caught.value.message == 'database "app" is served by several pools: direct, main'
     assert "dbname=<pool>" in caught.value.hint
+
+
+# Templates
+
+TEMPLATES = """\
+pools:
+  main: {dsn: 'postgresql://u@h/app'}
+  tenant_*: {dsn: 'postgresql://h:5433'}
+  tenant_eu_*: {dsn: 'postgresql://app@h/'}
+  '*_eu_*': {dsn: 'host=h dbname=one'}
+  '*': {dsn: 'postgresql://app:secret@h/all', max_size: 3}
+"""
+
+
+@pytest.mark.parametrize(
+    ("database", "name"),
+    [
+        ("main", "main"),
+        ("app", "main"),
+        ("tenant_1", "tenant_*"),
+        ("tenant_", "tenant_*"),
+        ("tenant_eu_1", "tenant_eu_*"),
+        ("x_eu_1", "*_eu_*"),
+        ("tenant", "*"),
+        ("Tenant_1", "*"),
+        ("*", "*"),
+        ("anything at all", "*"),
+    ],
+)
+def test_most_specific_template_is_meant_after_pools(database: str, name: str):
+    assert read(TEMPLATES).pool_for(database).name == name
+
+
+def test_database_that_no_pattern_matches_does_not_exist():
+    text = TEMPLATES.replace("'*':", "'other*':")
+    with pytest.raises(SidecarError, match='database "nowhere" does not exist') as caught:
+        read(text).pool_for("nowhere")
+    assert "tenant_*" in caught.value.hint
+
+
+def test_several_pools_of_a_database_are_not_a_template_s_matter():
+    """Who adds a template does not want it to take what an error was before."""
+    with pytest.raises(SidecarError, match="served by several pools: direct, main"):
+        read(POOLS + "  '*': {dsn: 'postgresql://h'}\n").pool_for("app")
+
+
+def test_template_may_leave_database_and_user_to_the_client():
+    pools = read(TEMPLATES).pools
+    found = {name: (pool.target.database, pool.target.user) for name, pool in pools.items()}
+    assert found == {
+        "main": ("app", "u"),
+        "tenant_*": ("", ""),
+        "tenant_eu_*": ("", "app"),
+        "*_eu_*": ("one", ""),
+        "*": ("all", "app"),
+    }
+    assert [pool.min_idle for pool in pools.values()] == [5, 0, 0, 0, 0]
+    assert [pool.is_template for pool in pools.values()] == [False, True, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ("dsn: 'postgresql://:pw@h'", "pools.t*.dsn: *** cannot be used: it has a password and no"),
+        ("dsn: 'postgresql://h', min_idle: 26", "pools.t*.min_idle: '26' is more than max_size 25"),
+        ("dsn: 'postgresql://h', auth_query: SELECT 1", "with auth_dsn, too"),
+        ("dsn: 'postgresql://u@h', auth_query: SELECT 1", "with auth_dsn, too"),
+    ],
+)
+def test_template_that_cannot_work_is_refused(options: str, problem: str):
+    with pytest.raises(ConfigError) as caught:
+        read("pools:\n  t*: {" + options + "}\n")
+    assert problem in str(caught.value)
+
+
+@given(
+    st.text("ab*", min_size=1, max_size=8).filter(lambda pattern: "*" in pattern),
+    st.text("ab", max_size=8),
+)
+def test_star_stands_for_any_text(pattern: str, name: str):
+    regex = ".*".join(map(re.escape, pattern.split("*")))
+    assert name_matches(pattern, name) == bool(re.fullmatch(regex, name))

@@ -321,6 +321,19 @@ class PoolRecorder:
         self._peak.advance(now, self._used)
 
 
+class SharedPoolRecorder(PoolRecorder):
+    """For all pools of a template: ``used`` is what one of them uses, so leases are counted."""
+
+    __slots__ = ()
+
+    def acquired_at_once(self, used: int) -> None:
+        super().acquired_at_once(self._used + 1)
+
+    def acquired(self, outcome: AcquireOutcome, waited: float, used: int) -> None:
+        is_lease = outcome is _WAITED or outcome is _IMMEDIATE
+        super().acquired(outcome, waited, self._used + 1 if is_lease else self._used)
+
+
 class Recorder:
     """What happened in the sidecar since the start. Implements ``events.Observer``.
 
@@ -332,7 +345,10 @@ class Recorder:
     ) -> None:
         self.clock = clock
         now = clock()
-        self.pools = {name: PoolRecorder(name, threshold, now) for name, threshold in pools}
+        self.pools: dict[str, PoolRecorder] = {}
+        for name, threshold in pools:
+            kind = SharedPoolRecorder if "*" in name else PoolRecorder
+            self.pools[name] = kind(name, threshold, now)
         self.traffic = Traffic()  # of logins
         self.clients = dict.fromkeys(CLIENT_KEYS, 0)
         self.logins_timed_out = 0  # before the client had named its pool

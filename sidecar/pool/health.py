@@ -9,6 +9,7 @@ import random
 import socket
 from collections.abc import Callable, Sequence
 
+from sidecar.config import ServerTarget
 from sidecar.errors import ServerError, ServerProtocolError, ServerUnavailable, SidecarError
 from sidecar.events import ErrorReason, Phase
 from sidecar.pool.server import MAX_LOGIN_MESSAGE, ServerConnection
@@ -110,6 +111,29 @@ class Backoff:
     def succeeded(self) -> None:
         self.failures = 0
         self.not_before = 0.0
+
+
+_VERIFIER_DIFFERS = (
+    "The client's SCRAM proof is good for a server with the same verifier only: take it from"
+    " pg_authid anew, or set users.<user>.password."
+)
+_NO_SECRET = (
+    "Set users.<user>.password, or users.<user>.verifier from the server's pg_authid and have"
+    " clients log in with scram-sha-256."
+)
+
+
+def hinted(exc: Exception, target: ServerTarget) -> Exception:
+    """What to do where the server does not take a client's own secret."""
+    if not isinstance(exc, ServerError) or exc.sqlstate != "28P01" or exc.hint:
+        return exc
+    if target.scram_keys is not None:
+        hint = _VERIFIER_DIFFERS
+    elif target.password is None:
+        hint = _NO_SECRET
+    else:
+        return exc
+    return ServerError(exc.message, detail=exc.detail, hint=hint, sqlstate=exc.sqlstate)
 
 
 _BY_SQLSTATE = {

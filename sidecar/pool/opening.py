@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from sidecar.config import PoolConfig
-from sidecar.errors import ServerUnavailable, SidecarError
+from sidecar.errors import AcquireTimeout, ServerUnavailable, SidecarError
 from sidecar.events import ConnectReason, ErrorReason, PoolObserver, TimeoutKind
 from sidecar.pool import health
 from sidecar.pool.server import ServerConnection, clock
@@ -30,8 +30,10 @@ Spawn = Callable[[Coroutine[Any, Any, None]], object]
 
 
 class Opener:
-    """``make`` makes a connection that is not open yet, ``opened`` gets it when it is, ``refused``
-    is told when the server refuses this user or database."""
+    """``make`` adds a connection that is not open yet, ``remove`` takes one off that could not be
+    opened, ``opened`` gets it when it is, ``refused``
+    is told when the server refuses this user or database. With ``share`` the pool has a budget
+    together with others: then that decides who opens connections, and calls ``open_one``."""
 
     def __init__(
         self,
@@ -42,8 +44,10 @@ class Opener:
         rng: random.Random,
         *,
         make: Callable[[], ServerConnection],
+        remove: Callable[[ServerConnection], object],
         opened: Callable[[ServerConnection, float], None],
         refused: Callable[[SidecarError], None],
+        share: Callable[[float], None] | None = None,
     ) -> None:
         self.is_up = False
         self.is_closed = False
@@ -57,29 +61,50 @@ class Opener:
         self._spawn: Final = spawn
         self._rng: Final = rng
         self._make: Final = make
+        self._remove: Final = remove
         self._opened: Final = opened
         self._refused: Final = refused
+        self._share: Final = share
         self._backoff: Final = health.Backoff(rng)
         self._is_doubtful = False  # logins succeed, but were taken back
-        self._logins: set[asyncio.Future[None]] = set()
+        self._logins: dict[asyncio.Future[None], float] = {}  # and since when each waits
+        self._asks_again = False  # after a refusal, whatever the backoff says
 
     # -- how many ------------------------------------------------------------------------------
 
+    def wanted(self, now: float) -> int:
+        """How many connections should be opened now: all that are missing, or one at a time while
+        the server refuses or is lost."""
+        state = self._state
+        if self.is_closed:
+            return 0
+        is_trying = bool(state.by_state[ConnectionState.CONNECTING])
+        missing = state.missing()
+        if self._logins and not (missing or is_trying or state.established):
+            missing = min(1, state.max_size - state.size)
+        if self._asks_again and self._logins:
+            return 0 if is_trying else min(missing, 1)
+        if self._backoff.failures or (self.owed and not state.established):
+            return 0 if is_trying or now < self._backoff.not_before else min(missing, 1)
+        return missing
+
+    def waits_since(self) -> float | None:
+        """When the login that waits longest began to; None if none waits."""
+        return next(iter(self._logins.values()), None)
+
     def grow(self, now: float) -> None:
-        """Open what is missing: all of it, or one at a time while the server refuses or is lost."""
-        missing = self._state.missing()
-        if self._backoff.failures or (self.owed and not self._state.established):
-            is_trying = bool(self._state.by_state[ConnectionState.CONNECTING])
-            missing = 0 if is_trying or now < self._backoff.not_before else min(missing, 1)
-        if not self.is_closed:
-            for _ in range(missing):
-                self._start()
+        """Open what is wanted."""
+        if self._share is not None:
+            self._share(now)
+            return
+        for _ in range(self.wanted(now)):
+            self.open_one()
 
     def ensure_one(self, now: float) -> None:
-        """Open a connection if there is none at all: for a ping or a login, which need one even
-        where ``min_idle`` is 0."""
+        """Open a connection if there is none at all: for a ping, which needs one even where
+        ``min_idle`` is 0."""
         if not self._state.size and not self.is_closed and now >= self._backoff.not_before:
-            self._start()
+            self.open_one()
 
     def tick(self, now: float) -> None:
         """The backoff may be over; every 100 ms."""
@@ -90,9 +115,8 @@ class Opener:
         ):
             self._is_doubtful = False
             self._backoff.succeeded()
-        if self._logins:
-            self.ensure_one(now)
-        self.grow(now)
+        if self._share is None:  # who shares does so for all pools at once
+            self.grow(now)
 
     def lost(self, server: ServerConnection, now: float, *, was_leased: bool) -> None:
         """The server has closed a connection unbidden. What a client made it do is no reason to
@@ -103,16 +127,16 @@ class Opener:
             if now >= self._backoff.not_before:
                 self._backoff.failed(now)
 
-    def _start(self) -> None:
+    def open_one(self) -> None:
+        """Begin to open a connection; it was ``wanted``."""
+        self._asks_again = False
         if self.owed:
             reason = ConnectReason.RECONNECT
         elif self._state.waiters or self._logins:
             reason = ConnectReason.DEMAND
         else:
             reason = ConnectReason.WARM
-        server = self._make()
-        self._state.add(server)
-        self._spawn(self._open(server, reason))
+        self._spawn(self._open(self._make(), reason))
 
     # -- one attempt ---------------------------------------------------------------------------
 
@@ -127,15 +151,17 @@ class Opener:
             log.exception("login to the server failed", extra={"pool": self._config.name})
             self._failed(server, reason, exc)
         except BaseException:
-            self._state.remove(server)
+            self._remove(server)
             server.abort()
             raise
         else:
             self._succeeded(server, reason, started)
 
     def _failed(self, server: ServerConnection, reason: ConnectReason, exc: Exception) -> None:
-        self._state.remove(server)
+        self._remove(server)
         server.abort()
+        if self._share is not None and not self._config.target.user:
+            exc = health.hinted(exc, server.target)
         phase, cause = health.explain(exc, has_connected=server.transport is not None)
         self._observer.connection_failed(phase, cause)
         if cause is ErrorReason.TIMEOUT:
@@ -161,6 +187,8 @@ class Opener:
                 self.end_logins(exc)
             if health.is_permanent(exc):
                 self._refused(exc)
+        if self._share is not None:
+            self._share(clock())  # others may have the place
 
     def _succeeded(self, server: ServerConnection, reason: ConnectReason, started: float) -> None:
         now = clock()
@@ -200,28 +228,34 @@ class Opener:
         is_refused = health.is_refusal(self.last_failure) and not self._state.established
         if self.parameters and not is_refused:
             return
+        now = clock()
         known: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._logins.add(known)
+        self._logins[known] = now
+        if is_refused and not self._state.by_state[ConnectionState.CONNECTING]:
+            self._asks_again = True
         try:
-            if is_refused:
-                self._ask_again()
-            else:
-                self.ensure_one(clock())
+            self.grow(now)
             async with asyncio.timeout_at(deadline):
                 await known
         except TimeoutError:
-            raise self.unavailable() from self.last_failure
+            raise self._too_late(now) from self.last_failure
         finally:
-            self._logins.discard(known)
+            del self._logins[known]
 
-    def _ask_again(self) -> None:
-        """Open a connection whatever the backoff says, unless one is being opened."""
-        is_trying = bool(self._state.by_state[ConnectionState.CONNECTING])
-        if not is_trying and not self.is_closed and self._state.size < self._state.max_size:
-            self._start()
+    def _too_late(self, since: float) -> SidecarError:
+        """The error for a login whose time is over."""
+        if self._share is None or self.last_failure is not None or self._state.size:
+            return self.unavailable()
+        name, limit = self._config.name, self._config.max_size
+        return AcquireTimeout(
+            f"no connection from template {name!r} in {clock() - since:.1f} s",
+            detail=f"Its pools have all {limit} connections in use.",
+            hint=f"The limit is max_size ({limit}).",
+        )
 
     def end_logins(self, error: SidecarError | None) -> None:
         """Let those go on who wait for the parameters, or tell them why not."""
+        self._asks_again = False
         for known in self._logins:
             if not known.done():
                 if error is None:

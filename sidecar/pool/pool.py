@@ -12,20 +12,14 @@ import random
 import time
 from typing import Final, Protocol
 
-from sidecar.config import PoolConfig
-from sidecar.errors import (
-    AcquireTimeout,
-    PoolClosed,
-    PoolSaturated,
-    SidecarError,
-)
+from sidecar.config import PoolConfig, ServerTarget
+from sidecar.errors import AcquireTimeout, PoolClosed, PoolSaturated, SidecarError
 from sidecar.events import (
     AcquireOutcome,
     CloseReason,
     ErrorReason,
     Phase,
     PingOutcome,
-    PinReason,
     PoolMode,
     PoolObserver,
     PoolSnapshot,
@@ -33,7 +27,8 @@ from sidecar.events import (
     TimeoutKind,
     Traffic,
 )
-from sidecar.pool import health
+from sidecar.pool import health, report
+from sidecar.pool.budget import Budget
 from sidecar.pool.opening import Opener, Spawn
 from sidecar.pool.server import ServerConnection, cancel_query, clock
 from sidecar.pool.state import ConnectionState, PoolState
@@ -67,6 +62,15 @@ class Waiter(Protocol):
     def refused(self, error: SidecarError) -> None: ...
 
 
+def share(budget: "Budget[ServerConnection, Pool]", now: float) -> None:
+    """Do what the budget of a template decides, in all of its pools."""
+    opening, closing = budget.share(now)
+    for pool in opening:
+        pool.opener.open_one()
+    for pool, server in closing:
+        pool.give_up(server, now)
+
+
 class Pool:
     def __init__(
         self,
@@ -75,9 +79,15 @@ class Pool:
         traffic: Traffic,
         spawn: Spawn,
         rng: random.Random | None = None,
+        *,
+        target: ServerTarget | None = None,
+        budget: "Budget[ServerConnection, Pool] | None" = None,
     ) -> None:
+        """Of a template: ``target`` is the pool's own, ``budget`` that of all pools of it."""
         self.config: Final = config
         self.name: Final = config.name
+        self.target = target or config.target  # for the connections to be opened
+        self.budget: Final = budget
         self.observer: Final = observer
         self.traffic: Final = traffic
         self.state: Final[PoolState[ServerConnection, Waiter]] = PoolState(
@@ -94,9 +104,11 @@ class Pool:
             self.state,
             spawn,
             rng or random.Random(),
-            make=self._new_connection,
+            make=self._add,
+            remove=self._remove,
             opened=self._hand_over,
             refused=self._refuse_all,
+            share=None if budget is None else self._share,
         )
         self._spawn: Final = spawn
         self._next_ping = 0.0
@@ -135,11 +147,23 @@ class Pool:
         if server.cancels or server.is_dirty or self.resets_always or server.tx_status != m.IDLE:
             self.state.move(server, ConnectionState.CHECKING)
             self._make_fit(server, now)
-        elif self.state.waiters or now >= server.age_limit or self.is_closing:
-            self._hand_over(server, now)
+        elif (
+            self.state.waiters
+            or now >= server.age_limit
+            or self.is_closing
+            or self.budget is not None
+        ):
+            self._pass_on(server, now)
         else:
             server.status_since = now
             self.state.give_back(server)
+
+    def _pass_on(self, server: ServerConnection, now: float) -> None:
+        """A connection that has served is handed over, or makes room for another pool."""
+        if self.budget is not None and self.budget.yields(self, now):
+            self._close(server, CloseReason.BUDGET, now)
+        else:
+            self._hand_over(server, now)
 
     def _hand_over(self, server: ServerConnection, now: float) -> None:
         """A fit connection goes to the next waiter or becomes idle."""
@@ -226,7 +250,7 @@ class Pool:
             server.is_dirty = True  # the rollback takes settings with it that we have noted
         queries = health.clean_up(server, is_dirty=server.is_dirty or self.resets_always)
         if not queries:
-            self._hand_over(server, now)
+            self._pass_on(server, now)
             return
         server.deadline = now + self.config.ping_timeout
         health.Check(server, queries, self._was_reset)
@@ -240,9 +264,38 @@ class Pool:
             return
         if server.is_dirty or self.resets_always:
             server.forget_session()
-        self._hand_over(server, now)
+        self._pass_on(server, now)
 
-    # -- closing -------------------------------------------------------------------
+    # -- the budget of a template --------------------------------------------------------------
+
+    def waits_since(self) -> float | None:
+        """When the client that waits longest, in the queue or in login, began to."""
+        login = self.opener.waits_since()
+        first = next(iter(self.state.waiters), None)
+        if first is None:
+            return login
+        return first.waiting_since if login is None else min(login, first.waiting_since)
+
+    def wanted(self, now: float) -> int:
+        """How many connections it would open now."""
+        return self.opener.wanted(now)
+
+    def _share(self, now: float) -> None:
+        assert self.budget is not None
+        if self.waits_since() is not None or self.opener.wanted(now):
+            self.budget.asks(self)
+        share(self.budget, now)
+
+    def _is_crowded_out(self) -> bool:
+        """The other pools of the template have all connections."""
+        budget = self.budget
+        return budget is not None and budget.room <= 0 and self.opener.last_failure is None
+
+    def give_up(self, server: ServerConnection, now: float) -> None:
+        """Close an idle connection: another pool needs its place."""
+        self._close(server, CloseReason.BUDGET, now)
+
+    # -- closing -------------------------------------------------------------------------------
 
     def _close(self, server: ServerConnection, reason: CloseReason, now: float) -> None:
         if reason in _LOSSES:
@@ -254,7 +307,7 @@ class Pool:
     def lost(self, server: ServerConnection) -> None:
         """The socket of a server connection is closed, by whomever."""
         was = server.state
-        if was is ConnectionState.CONNECTING or not self.state.remove(server):
+        if was is ConnectionState.CONNECTING or not self._remove(server):
             return  # its attempt reports
         now = clock()
         self._ping_started.pop(server, None)
@@ -296,7 +349,7 @@ class Pool:
     def _time_out(self, waiter: Waiter, now: float) -> None:
         waited = now - waiter.waiting_since
         error: SidecarError
-        if self.state.established:
+        if self.state.established or self._is_crowded_out():
             waiting = len(self.state.waiters) + 1
             error = AcquireTimeout(
                 f"no connection from pool {self.name!r} in {waited:.1f} s ({waiting} waiting)",
@@ -317,8 +370,17 @@ class Pool:
             self._refused()
             waiter.refused(error)
 
-    def _new_connection(self) -> ServerConnection:
-        return ServerConnection(self, self.config.target, self.traffic)
+    def _add(self) -> ServerConnection:
+        server = ServerConnection(self, self.target, self.traffic)
+        self.state.add(server)
+        if self.budget is not None:
+            self.budget.add(server, self)
+        return server
+
+    def _remove(self, server: ServerConnection) -> bool:
+        if self.budget is not None:
+            self.budget.remove(server)
+        return self.state.remove(server)
 
     def _sweep_connections(self, now: float) -> None:
         for server in list(self.state.by_state[ConnectionState.CLOSING]):
@@ -359,7 +421,7 @@ class Pool:
             self._next_ping = now + self.config.ping_interval
             for server in list(self.state.idle):
                 self._ping(server, now)
-        else:
+        elif self.budget is None:
             self.opener.ensure_one(now)
 
     def _ping(self, server: ServerConnection, now: float) -> None:
@@ -376,7 +438,7 @@ class Pool:
             self.last_ping = time.time()
             self.observer.pinged(PingOutcome.OK, took)
             idle_since = server.status_since
-            self._hand_over(server, now)
+            self._pass_on(server, now)
             if server.state is ConnectionState.IDLE:
                 server.status_since = idle_since  # a ping is no use
             return
@@ -402,58 +464,21 @@ class Pool:
     # -- telling ---------------------------------------------------------------------------------
 
     def snapshot(self, now: float) -> PoolSnapshot:
-        state, target = self.state, self.config.target
-        active, idle = len(state.active), len(state.idle)
-        running = [s for s in state.active if s.operations]
-        open_idle = [s for s in state.active if s.tx_status != m.IDLE and not s.expected]
-        first = next(iter(state.waiters), None)
-        return PoolSnapshot(
-            name=self.name,
-            mode=self.config.mode,
-            database=target.database,
-            user=target.user,
-            server=target.describe(),
-            used=active,
-            idle=idle,
-            connecting=state.size - active - idle,
-            max_size=state.max_size,
-            min_idle=state.min_idle,
-            pending=len(state.waiters),
-            oldest_wait=0.0 if first is None else now - first.waiting_since,
+        return report.snapshot(
+            self.config,
+            self.target,
+            self.state,
+            now,
             is_up=self.opener.is_up,
             last_ping=self.last_ping,
-            queries_in_flight=len(running),
-            longest_running_query=max((now - s.query_started for s in running), default=0.0),
-            longest_idle_in_transaction=max((now - s.status_since for s in open_idle), default=0.0),
-            slow_query_threshold=self.config.slow_query_threshold,
-            pinned=self._pinned(),
-            prepared_statements=sum(
-                len(server.prepared) for servers in state.by_state for server in servers
-            ),
         )
-
-    def _pinned(self) -> dict[PinReason, int]:
-        pinned = dict.fromkeys(PinReason, 0)
-        if self.config.mode is PoolMode.SESSION:
-            pinned[PinReason.SESSION_MODE] = len(self.state.active)
-            return pinned
-        for server in self.state.active:
-            if server.pin is not None:
-                pinned[server.pin] += 1
-        return pinned
 
     def _who_holds(self, now: float) -> str:
         """What has the pool: for the error of a client that waited in vain."""
-        active = list(self.state.active)
-        if not active:
-            return f"0 of {self.config.max_size} connections in use."
-        left_open = sum(1 for s in active if not s.expected and s.tx_status != m.IDLE)
-        oldest = min(active, key=lambda s: s.leased_at)
-        who = "a client that is gone" if oldest.receiver is None else oldest.receiver.describe(now)
-        return (
-            f"{len(active)} of {self.config.max_size} connections in use, {left_open} of them idle in "
-            f"a transaction. The oldest lease is {now - oldest.leased_at:.1f} s old: {who}."
-        )
+        limit, others = self.config.max_size, ""
+        if self.budget is not None:
+            others = f"All pools of template {self.name!r} have {self.budget.used} of {limit}."
+        return report.who_holds(self.state, limit, others, now)
 
     # -- the end ---------------------------------------------------------------------------------
 

@@ -317,7 +317,17 @@ class ServerConnection:
             if scram is not None and not scram.is_verified:
                 raise ServerProtocolError("the server did not prove that it knows the password")
             return scram
-        secret = self.target.password
+        secret, keys = self.target.password, self.target.scram_keys
+        if keys is not None and code == m.AUTH_SASL:
+            scram = ClientExchange(keys)
+            self.write(m.sasl_initial_response(MECHANISM.encode(), scram.begin()))
+            return scram
+        if scram is not None and code == m.AUTH_SASL_CONTINUE:
+            self.write(m.password(await asyncio.to_thread(scram.respond, data)))
+            return scram
+        if scram is not None and code == m.AUTH_SASL_FINAL:
+            scram.verify(data)
+            return scram
         if secret is None:
             raise ServerError(
                 f"the server asks for a password of user {self.target.user!r}, the dsn has none",

@@ -32,7 +32,7 @@ def servers(pool: Pool) -> Iterator[ServerSnapshot]:
 
 
 def _server(pool: Pool, server: ServerConnection) -> ServerSnapshot:
-    target = pool.config.target
+    target = pool.target
     (address, port), (local_address, local_port) = addresses(server.transport)
     state = _WORDS[server.state]
     if server.cancels and server.state is ConnectionState.CHECKING:

@@ -9,7 +9,7 @@ import hmac
 import logging
 import secrets
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any, Final
@@ -23,7 +23,9 @@ from sidecar.protocol.startup import CancelRequest
 from sidecar.proxy import telling
 from sidecar.proxy.authenticate import Authenticator
 from sidecar.proxy.certificates import Certificates, Identity
+from sidecar.proxy.directory import Directory
 from sidecar.proxy.guests import Console, Guest, NoConsole
+from sidecar.proxy.login import Login
 from sidecar.proxy.relay import PoolTables, Relay
 from sidecar.proxy.session import Session
 
@@ -42,14 +44,14 @@ class PgListener:
     def __init__(
         self,
         config: Config,
-        tables: Mapping[str, PoolTables],
+        directory: Directory,
         observer: Observer,
         spawn: Spawn,
         console: Console | None = None,
     ) -> None:
         self.console: Final = console or NoConsole()
         self._config: Final = config
-        self._tables: Final = tables
+        self._directory: Final = directory
         self._observer: Final = observer
         self._spawn: Final = spawn
         self._servers: list[asyncio.Server] = []
@@ -161,8 +163,11 @@ class PgListener:
     def pool_for(self, database: str) -> PoolConfig:
         return self._config.pool_for(database)
 
-    def tables(self, pool: str) -> PoolTables:
-        return self._tables[pool]
+    def enter(self, pool: PoolConfig, login: Login, client: object) -> PoolTables:
+        return self._directory.enter(pool, login, client)
+
+    def leave(self, tables: PoolTables, client: object) -> None:
+        self._directory.leave(tables, client)
 
     def admit(self) -> None:
         limit = self._config.listen.max_clients
@@ -194,10 +199,14 @@ class PgListener:
         relay.id = next(self._ids)
         relay.opened_at = clock()
         self._relays.add(relay)
+        if isinstance(relay, Relay):
+            relay.tables.clients.add(relay)
         self._keys.setdefault(pid, []).append(relay)
 
     def gone(self, relay: Relay | Guest) -> None:
         self._relays.discard(relay)
+        if isinstance(relay, Relay):
+            self._directory.leave(relay.tables, relay)
         sharing = self._keys.get(relay.pid)
         if sharing is not None and relay in sharing:
             sharing.remove(relay)

@@ -68,6 +68,8 @@ class PoolTables:
         self.statements: Final = PreparedTable()
         self.texts: Final = TextCache()
         self.leases = 0
+        self.clients: Final[set[object]] = set()
+        """Who uses the pool: relays, and sessions in login."""
 
 
 class Relay:
@@ -85,7 +87,6 @@ class Relay:
         "_pool",
         "_registry",
         "_setup_rest",
-        "_tables",
         "_unleased",
         "client",
         "deadline",
@@ -99,6 +100,7 @@ class Relay:
         "requests",
         "secret",
         "server",
+        "tables",
         "transport",
         "waiting_since",
     )
@@ -107,7 +109,7 @@ class Relay:
         self, tables: PoolTables, registry: Registry, client: Client, settings: Settings
     ) -> None:
         pool = tables.pool
-        self._tables: Final = tables
+        self.tables: Final = tables
         self._pool: Final = pool
         self._registry: Final = registry
         self.client: Final = client
@@ -294,7 +296,7 @@ class Relay:
     # -- a lease -------------------------------------------------------------------------------
 
     def _attach(self, server: ServerConnection, data: bytes, now: float) -> None:
-        tables = self._tables
+        tables = self.tables
         self.server = server
         server.receiver = self
         self.requests.begin_lease()

@@ -20,6 +20,7 @@ from sidecar.protocol import startup
 from sidecar.proxy.authenticate import Authenticator
 from sidecar.proxy.certificates import Identity
 from sidecar.proxy.guests import Console, Guest
+from sidecar.proxy.login import Login
 from sidecar.proxy.relay import Client, PoolTables, Relay
 from sidecar.proxy.settings import from_startup
 from sidecar.proxy.tls import ALPN, HandshakeFailed, TlsTransport
@@ -53,7 +54,10 @@ class Host(Protocol):
 
     def pool_for(self, database: str) -> PoolConfig: ...
 
-    def tables(self, pool: str) -> PoolTables: ...
+    def enter(self, pool: PoolConfig, login: Login, client: object) -> PoolTables:
+        """The pool's tables; they are this client's to use until it leaves."""
+
+    def leave(self, tables: PoolTables, client: object) -> None: ...
 
     @property
     def authenticator(self) -> Authenticator: ...
@@ -187,27 +191,29 @@ class Session:
         if self._host.console.is_meant(database):
             return await self._log_in_to_console(packet, user, database, deadline)
         pool, no_pool = self._find_pool(database)
-        await self._host.authenticator.authenticate(self, user, database, pool, deadline)
+        login = await self._host.authenticator.authenticate(self, user, database, pool, deadline)
         if pool is None:
             assert no_pool is not None
             raise no_pool
-        tables = self._host.tables(pool.name)
         self._host.admit()
-        await tables.pool.opener.wait_for_parameters(
-            deadline - 0.1
-        )  # its message says more than ours
-        if self._is_closed:
-            raise _Gone
-        settings = tables.settings.intern(from_startup(packet, tables.pool.opener.parameters))
-        relay = Relay(tables, self._host, Client(user, database, self.address), settings)
-        relay.secret = secrets.token_bytes(packet.secret_size)
-        self._host.register(relay)
-        values = (settings.canonical or settings).values
-        told = [
-            m.parameter_status(name, values.get(name.lower(), value))
-            for name, value in tables.pool.opener.parameters.items()
-        ]
-        self._hand_over(relay, b"".join(told))
+        tables = self._host.enter(pool, login, self)
+        try:
+            # 0.1 s: its message says more than ours
+            await tables.pool.opener.wait_for_parameters(deadline - 0.1)
+            if self._is_closed:
+                raise _Gone
+            settings = tables.settings.intern(from_startup(packet, tables.pool.opener.parameters))
+            relay = Relay(tables, self._host, Client(user, database, self.address), settings)
+            relay.secret = secrets.token_bytes(packet.secret_size)
+            self._host.register(relay)
+            values = (settings.canonical or settings).values
+            told = [
+                m.parameter_status(name, values.get(name.lower(), value))
+                for name, value in tables.pool.opener.parameters.items()
+            ]
+            self._hand_over(relay, b"".join(told))
+        finally:
+            self._host.leave(tables, self)
         return ClientOutcome.ACCEPTED
 
     async def _log_in_to_console(

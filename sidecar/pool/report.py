@@ -1,0 +1,111 @@
+"""What there is to tell of a pool: its state at one instant, and who holds it.
+
+Pure: reads the collections and changes nothing. Of a template, what its pools have in common.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sidecar.config import PoolConfig, ServerTarget
+from sidecar.events import PinReason, PoolMode, PoolSnapshot
+from sidecar.pool.server import ServerConnection
+from sidecar.pool.state import PoolState
+from sidecar.protocol import messages as m
+
+State = PoolState[ServerConnection, Any]
+
+
+def snapshot(
+    config: PoolConfig,
+    target: ServerTarget,
+    state: State,
+    now: float,
+    *,
+    is_up: bool,
+    last_ping: float,
+) -> PoolSnapshot:
+    """One pool; ``last_ping`` is a unix time."""
+    active, idle = len(state.active), len(state.idle)
+    running = [s for s in state.active if s.operations]
+    open_idle = [s for s in state.active if s.tx_status != m.IDLE and not s.expected]
+    first = next(iter(state.waiters), None)
+    return PoolSnapshot(
+        name=config.name,
+        mode=config.mode,
+        database=target.database,
+        user=target.user,
+        server=target.describe(),
+        used=active,
+        idle=idle,
+        connecting=state.size - active - idle,
+        max_size=state.max_size,
+        min_idle=state.min_idle,
+        pending=len(state.waiters),
+        oldest_wait=0.0 if first is None else now - first.waiting_since,
+        is_up=is_up,
+        last_ping=last_ping,
+        queries_in_flight=len(running),
+        longest_running_query=max((now - s.query_started for s in running), default=0.0),
+        longest_idle_in_transaction=max((now - s.status_since for s in open_idle), default=0.0),
+        slow_query_threshold=config.slow_query_threshold,
+        pinned=_pinned(config, state),
+        prepared_statements=sum(
+            len(server.prepared) for servers in state.by_state for server in servers
+        ),
+    )
+
+
+def _pinned(config: PoolConfig, state: State) -> dict[PinReason, int]:
+    pinned = dict.fromkeys(PinReason, 0)
+    if config.mode is PoolMode.SESSION:
+        pinned[PinReason.SESSION_MODE] = len(state.active)
+        return pinned
+    for server in state.active:
+        if server.pin is not None:
+            pinned[server.pin] += 1
+    return pinned
+
+
+def in_one(config: PoolConfig, pools: Sequence[PoolSnapshot], *, is_up: bool) -> PoolSnapshot:
+    """All pools of a template together; there need not be any."""
+    target = config.target
+    return PoolSnapshot(
+        name=config.name,
+        mode=config.mode,
+        database=target.database or "*",
+        user=target.user or "*",
+        server=target.describe(),
+        used=sum(pool.used for pool in pools),
+        idle=sum(pool.idle for pool in pools),
+        connecting=sum(pool.connecting for pool in pools),
+        max_size=config.max_size,
+        min_idle=config.min_idle,
+        pending=sum(pool.pending for pool in pools),
+        oldest_wait=max((pool.oldest_wait for pool in pools), default=0.0),
+        is_up=is_up,
+        last_ping=max((pool.last_ping for pool in pools), default=0.0),
+        queries_in_flight=sum(pool.queries_in_flight for pool in pools),
+        longest_running_query=max((pool.longest_running_query for pool in pools), default=0.0),
+        longest_idle_in_transaction=max(
+            (pool.longest_idle_in_transaction for pool in pools), default=0.0
+        ),
+        slow_query_threshold=config.slow_query_threshold,
+        pinned={reason: sum(pool.pinned[reason] for pool in pools) for reason in PinReason},
+        prepared_statements=sum(pool.prepared_statements for pool in pools),
+    )
+
+
+def who_holds(state: State, limit: int, others: str, now: float) -> str:
+    """What has the pool: for the error of a client that waited in vain. ``others`` is a sentence on
+    the other pools of its template, or empty."""
+    active = list(state.active)
+    more = f" {others}" if others else ""
+    if not active:
+        return f"0 of {limit} connections in use.{more}"
+    left_open = sum(1 for s in active if not s.expected and s.tx_status != m.IDLE)
+    oldest = min(active, key=lambda s: s.leased_at)
+    who = "a client that is gone" if oldest.receiver is None else oldest.receiver.describe(now)
+    return (
+        f"{len(active)} of {limit} connections in use, {left_open} of them idle in a transaction."
+        f"{more} The oldest lease is {now - oldest.leased_at:.1f} s old: {who}."
+    )

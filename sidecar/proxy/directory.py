@@ -1,0 +1,184 @@
+"""Which pools there are: those of the configuration, and those that templates make on demand.
+
+Owns every pool with its tables, and who uses them. A template has a pool for each database and user
+that somebody is logged in with, or connections are left of; all of them share one budget of
+connections. A pool is made after the client has proved who it is, and is gone as soon as it has
+neither clients nor connections: so there are never more than clients and connections together.
+
+Runs no task: the service calls ``tick`` every 100 ms.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Final
+
+from sidecar.config import Config, PoolConfig, ServerTarget
+from sidecar.events import Observer, PoolObserver, PoolSnapshot, Traffic
+from sidecar.pool import health
+from sidecar.pool.budget import Budget
+from sidecar.pool.opening import Spawn
+from sidecar.pool.pool import Pool, share
+from sidecar.pool.report import in_one
+from sidecar.pool.server import ServerConnection
+from sidecar.proxy.login import Login
+from sidecar.proxy.relay import PoolTables
+
+log = logging.getLogger("pgsidecar.proxy")
+
+
+class Directory:
+    def __init__(self, config: Config, observer: Observer, spawn: Spawn) -> None:
+        self._fixed: Final[dict[str, PoolTables]] = {}
+        self._templates: Final[dict[str, _Template]] = {}
+        self._names: Final = list(config.pools)
+        for name, each in config.pools.items():
+            told = observer.pool(name), observer.pool_traffic(name)
+            if each.is_template:
+                self._templates[name] = _Template(each, *told, spawn)
+            else:
+                self._fixed[name] = PoolTables(Pool(each, *told, spawn))
+
+    def __iter__(self) -> Iterator[Pool]:
+        """All pools there are now; several of a template have its name."""
+        for name in self._names:
+            if name in self._fixed:
+                yield self._fixed[name].pool
+            else:
+                yield from (tables.pool for tables in self._templates[name].pools.values())
+
+    @property
+    def fixed(self) -> dict[str, Pool]:
+        """The pools that are no template's, by name."""
+        return {name: tables.pool for name, tables in self._fixed.items()}
+
+    # -- clients -------------------------------------------------------------------------------
+
+    def enter(self, config: PoolConfig, login: Login, client: object) -> PoolTables:
+        """The pool for this login; it stays at least until ``client`` leaves it."""
+        if config.is_template:
+            return self._templates[config.name].enter(login, client)
+        tables = self._fixed[config.name]
+        tables.clients.add(client)
+        return tables
+
+    def leave(self, tables: PoolTables, client: object) -> None:
+        tables.clients.discard(client)
+        config = tables.pool.config
+        if config.is_template and not tables.clients:
+            self._templates[config.name].left(tables)
+
+    # -- life ----------------------------------------------------------------------------------
+
+    def start(self, now: float) -> None:
+        """Begin to open the warm connections; a template has none."""
+        for tables in self._fixed.values():
+            tables.pool.start(now)
+
+    def tick(self, now: float) -> None:
+        """Sweep every deadline of the pools; called every 100 ms."""
+        for tables in self._fixed.values():
+            tables.pool.tick(now)
+        for template in self._templates.values():
+            template.tick(now)
+
+    def snapshots(self, now: float) -> list[PoolSnapshot]:
+        """One for each entry of the configuration, all pools of a template in one."""
+        return [
+            self._fixed[name].pool.snapshot(now)
+            if name in self._fixed
+            else self._templates[name].snapshot(now)
+            for name in self._names
+        ]
+
+
+class _Template:
+    """The pools made from one entry."""
+
+    def __init__(
+        self, config: PoolConfig, observer: PoolObserver, traffic: Traffic, spawn: Spawn
+    ) -> None:
+        self._config: Final = config
+        self._target: Final = config.target
+        self._observer: Final = observer
+        self._traffic: Final = traffic
+        self._spawn: Final = spawn
+        self._budget: Final[Budget[ServerConnection, Pool]] = Budget(config.max_size)
+        self.pools: Final[dict[tuple[str, str], PoolTables]] = {}  # by database and user
+        self._unused: Final[dict[PoolTables, None]] = {}  # without clients
+
+    def enter(self, login: Login, client: object) -> PoolTables:
+        target = _target_of(self._target, login)
+        key = target.database, target.user
+        tables = self.pools.get(key)
+        if tables is None:
+            pool = Pool(
+                self._config,
+                self._observer,
+                self._traffic,
+                self._spawn,
+                target=target,
+                budget=self._budget,
+            )
+            tables = self.pools[key] = PoolTables(pool)
+            log.debug("pool made", extra=_names(pool))
+        elif target.password is not None or target.scram_keys is not None:
+            tables.pool.target = target  # the password may have been changed
+        tables.clients.add(client)
+        self._unused.pop(tables, None)
+        tables.pool.state.min_idle = self._config.min_idle
+        return tables
+
+    def left(self, tables: PoolTables) -> None:
+        """Nobody uses this pool any more."""
+        tables.pool.state.min_idle = 0
+        self._unused[tables] = None
+        self._drop_if_empty(tables)
+
+    def _drop_if_empty(self, tables: PoolTables) -> None:
+        pool = tables.pool
+        if pool.state.size:
+            return
+        del self._unused[tables]
+        del self.pools[pool.target.database, pool.target.user]
+        self._budget.forget(pool)
+        log.debug("pool dropped", extra=_names(pool))
+
+    def tick(self, now: float) -> None:
+        for pool in self._budget.members():  # the others have nothing that could be due
+            pool.tick(now)
+        for tables in list(self._unused):
+            self._drop_if_empty(tables)
+        share(self._budget, now)
+
+    def snapshot(self, now: float) -> PoolSnapshot:
+        """Of all pools together. The server counts as up unless one of them cannot reach it: as
+        long as nobody asks for a connection, nothing is known."""
+        pools = list(self._budget.members())
+        parts = [pool.snapshot(now) for pool in pools]
+        return in_one(self._config, parts, is_up=not any(map(_is_down, pools)))
+
+
+def _target_of(template: ServerTarget, login: Login) -> ServerTarget:
+    """As whom and to which database to connect for this login: what the dsn leaves open is the
+    client's. A password is better than keys: those are only good for a server with the same salt."""
+    database = template.database or login.database
+    if template.user:
+        return replace(template, database=database)
+    keys = login.keys if login.password is None else None
+    return replace(
+        template,
+        database=database,
+        user=login.user,
+        password=login.password,
+        scram_keys=keys,
+    )
+
+
+def _is_down(pool: Pool) -> bool:
+    failure = pool.opener.last_failure
+    return not pool.state.established and failure is not None and not health.is_refusal(failure)
+
+
+def _names(pool: Pool) -> dict[str, str]:
+    return {"pool": pool.name, "database": pool.target.database, "user": pool.target.user}
