@@ -16,6 +16,7 @@ import uvloop
 
 from sidecar.demo.postgres import EmbeddedPostgres
 from tests.debian_postgres import TlsPostgres
+from tests.listener_files import ListenerFiles, make_files
 from tests.sidecar_process import (
     MakeProcess,
     MakeService,
@@ -119,6 +120,20 @@ def make_process(tmp_path: Path) -> Iterator[MakeProcess]:
             return process
 
         yield make
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> ListenerFiles:
+    """Certificates for sidecars that speak TLS to clients."""
+    return make_files(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture
+def no_errors_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Whatever a client does, it is no error of ours. A test that makes one clears the log."""
+    yield
+    logged = [r for r in caplog.records if r.levelname in ("ERROR", "CRITICAL") or r.exc_info]
+    assert not logged, [record.getMessage() for record in logged]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -4,13 +4,11 @@ With libpq (psycopg's and Debian's psql), asyncpg, and Python's ssl where a clie
 """
 
 import asyncio
-import datetime as dt
 import ssl
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import asyncpg
 import psycopg
@@ -22,54 +20,17 @@ from sidecar.errors import ConfigError
 from sidecar.proxy.certificates import read_identity
 from tests.certificates import Authority, self_signed
 from tests.debian_postgres import debian_bin
+from tests.listener_files import DAY, ListenerFiles
 from tests.sidecar_process import environment, eventually
 from tests.wire import SSL_REQUEST, Client, Sidecar, error, startup
 
+pytestmark = pytest.mark.usefixtures("no_errors_logged")
+
 PASSWORD = "correct horse"
-DAY = dt.timedelta(days=1)
-
-
-class Files(NamedTuple):
-    """The certificates of one folder, as paths."""
-
-    folder: Path
-    root: str
-    """The CA that has signed everything but ``stranger``."""
-    certificate: str
-    """For localhost and 127.0.0.1."""
-    key: str
-    authority: Authority
-
-    def client(
-        self, name: str, authority: Authority | None = None, ends: dt.timedelta = DAY
-    ) -> dict[str, str]:
-        """libpq's options for a client's certificate."""
-        made = (authority or self.authority).issue(common_name=name, for_client=True, ends=ends)
-        certificate, key = made.write(self.folder, f"client-{name}")
-        return {"sslcert": str(certificate), "sslkey": str(key)}
-
-    def listen(self, **options: object) -> dict[str, object]:
-        return {
-            "tls_cert_file": self.certificate,
-            "tls_key_file": self.key,
-            "auth_failure_delay": "0",
-            "auth": "scram-sha-256",
-            **options,
-        }
-
-
-@pytest.fixture(scope="session")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    folder = tmp_path_factory.mktemp("tls")
-    authority = Authority("Root of the tests")
-    certificate, key = authority.issue("localhost", "127.0.0.1").write(folder, "server")
-    return Files(
-        folder, str(authority.write(folder, "root")), str(certificate), str(key), authority
-    )
 
 
 @pytest.fixture(scope="module")
-def sidecar(postgres: EmbeddedPostgres, files: Files) -> Iterator[Sidecar]:
+def sidecar(postgres: EmbeddedPostgres, files: ListenerFiles) -> Iterator[Sidecar]:
     """TLS is allowed, a password asked for."""
     listen = files.listen(tls_ca_file=files.root)
     with Sidecar(postgres, listen=listen, users={"app": PASSWORD}) as running:
@@ -78,21 +39,13 @@ def sidecar(postgres: EmbeddedPostgres, files: Files) -> Iterator[Sidecar]:
 
 
 @pytest.fixture(scope="module")
-def strict(postgres: EmbeddedPostgres, files: Files, tmp_path_factory) -> Iterator[Sidecar]:
+def strict(postgres: EmbeddedPostgres, files: ListenerFiles, tmp_path_factory) -> Iterator[Sidecar]:
     """TLS is required, on TCP."""
     folder = tmp_path_factory.mktemp("sockets")
     listen = files.listen(tls_mode="require", auth="trust", unix_socket_dir=str(folder))
     with Sidecar(postgres, listen=listen) as running:
         yield running
         running.until_whole()
-
-
-@pytest.fixture(autouse=True)
-def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """Whatever a client does, it is no error of ours. The one test that makes one clears the log."""
-    yield
-    logged = [r for r in caplog.records if r.levelname in ("ERROR", "CRITICAL") or r.exc_info]
-    assert not logged, [record.getMessage() for record in logged]
 
 
 def connect(sidecar: Sidecar, **options: object) -> psycopg.Connection:

@@ -16,9 +16,12 @@ log = logging.getLogger("pgsidecar.proxy")
 ALPN: Final = "postgresql"
 """The name of PostgreSQL's protocol in TLS (54.2.11)."""
 
+_PIECE: Final = 8 * 1024
+"""Bytes that are passed through OpenSSL's buffers at a time: they stay as large as they have ever been.
+PostgreSQL's records are as long (PQ_SEND_BUFFER_SIZE)."""
+
 _RECORD: Final = 16 * 1024
-"""Bytes of plain text in a TLS record, at most (RFC 8446, 5.1). So much is passed through OpenSSL's
-buffers at a time: they stay as large as they have ever been."""
+"""Bytes of plain text in a TLS record, at most (RFC 8446, 5.1)."""
 
 
 class HandshakeFailed(Exception):
@@ -134,8 +137,8 @@ class TlsTransport:
         texts: list[bytes] = []
         is_ended = False
         try:
-            for at in range(0, len(data) or 1, _RECORD):
-                incoming.write(data if len(data) <= _RECORD else data[at : at + _RECORD])
+            for at in range(0, len(data) or 1, _PIECE):
+                incoming.write(data if len(data) <= _PIECE else data[at : at + _PIECE])
                 while (incoming.pending or tls.pending()) and not is_ended:
                     try:
                         text = tls.read(_RECORD)
@@ -161,7 +164,11 @@ class TlsTransport:
     def connection_lost(self, exc: Exception | None) -> None:
         self._is_lost = self._is_closing = True
         self._notify()
-        self._protocol.connection_lost(exc)
+        protocol, self._protocol = (
+            self._protocol,
+            None,
+        )  # no circle is left, so OpenSSL's part is freed
+        protocol.connection_lost(exc)
 
     def pause_writing(self) -> None:
         self._protocol.pause_writing()
@@ -193,7 +200,7 @@ class TlsTransport:
         tls, outgoing = self._tls, self._outgoing
         size = len(data)
         try:
-            if size <= _RECORD:
+            if size <= _PIECE:
                 tls.write(data)
                 self._raw.write(outgoing.read())
                 return
@@ -201,18 +208,23 @@ class TlsTransport:
             view = memoryview(data)
             at = 0
             while at < size:
-                at += tls.write(view[at : at + _RECORD])
+                at += tls.write(view[at : at + _PIECE])
                 records.append(outgoing.read())
             self._raw.write(b"".join(records))
         except ssl.SSLError as exc:
             self._fail(exc)
 
     def close(self) -> None:
-        """Say that nothing more comes; what has been written is sent. ``connection_lost`` follows."""
+        """Say that nothing more comes; what has been written is sent. ``connection_lost`` follows.
+
+        Not so in TLS 1.2: of a connection that ends properly OpenSSL keeps the session there, up to
+        20,480 of 1 KiB, or 9 with a client's certificate, and Python cannot tell it not to. It forgets
+        those that are cut short; PostgreSQL's messages show well enough whether something is missing.
+        """
         if self._is_closing:
             return
         self._is_closing = True
-        if self._is_open and not self._raw.is_closing():
+        if self._is_open and not self._raw.is_closing() and self.version != "TLSv1.2":
             try:
                 self._tls.unwrap()
             except ssl.SSLError:
