@@ -158,6 +158,8 @@ class Service:
             now = clock()
             self._observer.loop_lag(max(0.0, now - due))
             self.directory.tick(now)
+            assert self._listener is not None
+            self._listener.tick(now)
             self.recorder.tick(now)
             self._desk.tick(now)
             due = max(due + TICK, now)

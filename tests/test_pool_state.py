@@ -34,8 +34,9 @@ class Connection:
 
 
 class Waiter:
-    def __init__(self, deadline: float) -> None:
-        self.deadline = deadline
+    def __init__(self, now: float, patience: float) -> None:
+        self.waiting_since = now
+        self.deadline = now + patience
 
 
 State = PoolState[Connection, Waiter]
@@ -121,8 +122,8 @@ class AnyEvents(RuleBasedStateMachine):
 
     # waiters
 
-    @rule()
-    def acquire(self) -> None:
+    @rule(patience=st.sampled_from([10.0, 0.1, 3.3]))
+    def acquire(self, patience: float) -> None:
         """The most recently used connection, but not before those who wait."""
         idle = list(self.state.idle)
         taken = self.state.take_idle()
@@ -134,7 +135,7 @@ class AnyEvents(RuleBasedStateMachine):
         is_full = self.state.max_waiting and len(self.queue) >= self.state.max_waiting
         assert self.state.can_wait() is not is_full
         if not is_full:
-            waiter = Waiter(self.now + 10)
+            waiter = Waiter(self.now, patience)
             self.state.enqueue(waiter)
             self.queue.append(waiter)
 
@@ -151,14 +152,14 @@ class AnyEvents(RuleBasedStateMachine):
         self.queue.remove(waiter)
         assert not self.state.abandon(waiter)
 
-    @rule(passed=st.floats(0, 15))
-    def time_passes(self, passed: float) -> None:
+    @rule(passed=st.floats(0, 15), most=st.integers(1, 3))
+    def time_passes(self, passed: float, most: int) -> None:
+        """Each has its own patience, so that those behind may be overdue first."""
         self.now += passed
-        overdue = [waiter for waiter in self.queue if waiter.deadline <= self.now]
-        for expected in overdue:
-            assert self.state.overdue(self.now) is expected
-        assert self.state.overdue(self.now) is None
-        del self.queue[: len(overdue)]
+        while overdue := [waiter for waiter in self.queue if waiter.deadline <= self.now]:
+            assert self.state.overdue(self.now, most) == overdue[:most]
+            self.queue = [waiter for waiter in self.queue if waiter not in overdue[:most]]
+        assert self.state.overdue(self.now, most) == []
 
     # what must hold
 
@@ -223,7 +224,7 @@ def test_repr_tells_the_counts() -> None:
     """What a developer sees in a debugger, and in a failed assertion of the tests."""
     pool = State(max_size=3, min_idle=0, max_waiting=0)
     pool.add(Connection())
-    pool.enqueue(Waiter(1.0))
+    pool.enqueue(Waiter(0, 1.0))
     assert repr(pool) == (
         "<PoolState connecting=1 idle=0 active=0 checking=0 closing=0 waiting=1 max=3>"
     )

@@ -387,6 +387,33 @@ async def test_lost_idle_connections_are_replaced_unnoticed(
     assert closed(metrics, "server_closed") == 3
 
 
+async def test_what_is_not_needed_again_is_not_owed(
+    own_postgres: MakePostgres, make_service: MakeService
+) -> None:
+    """Five are lost, two come back: what a client waits for later is opened on demand, no reconnect."""
+    server = own_postgres()
+    sidecar = await make_service(server.dsn(), **{**QUICK, "min_idle": 2})
+
+    async def hold(count: int) -> list[psycopg.AsyncConnection[tuple[object, ...]]]:
+        conns = [await psycopg.AsyncConnection.connect(sidecar.dsn()) for _ in range(count)]
+        await asyncio.gather(*(conn.execute("SELECT 1") for conn in conns))
+        return conns
+
+    for conn in await hold(5):
+        await conn.close()
+    server.psql(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+    )
+    await sidecar.until(lambda now: closed(now, "server_closed") == 5 and now.idle == 2)
+    before = reconnects(await sidecar.metrics(), "ok")
+    for conn in await hold(5):
+        await conn.close()
+    metrics = await sidecar.until_whole()
+    assert metrics.value("pgsidecar_connections_opened_total", pool="main", reason="demand") > 0
+    assert reconnects(metrics, "ok") == before == 2
+
+
 async def test_starts_without_postgresql(
     own_postgres: MakePostgres, make_service: MakeService
 ) -> None:

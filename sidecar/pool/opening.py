@@ -80,6 +80,8 @@ class Opener:
             return 0
         is_trying = bool(state.by_state[ConnectionState.CONNECTING])
         missing = state.missing()
+        if state.established and not is_trying and state.wanted() <= 0:
+            self.owed = 0  # fewer are enough: what is opened later is not in their place
         if self._logins and not (missing or is_trying or state.established):
             missing = min(1, state.max_size - state.size)
         if self._asks_again and self._logins:

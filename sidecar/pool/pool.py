@@ -13,7 +13,7 @@ import time
 from typing import Final, Protocol
 
 from sidecar.config import PoolConfig, ServerTarget
-from sidecar.errors import AcquireTimeout, PoolClosed, PoolSaturated, SidecarError
+from sidecar.errors import PoolClosed, SidecarError
 from sidecar.events import (
     AcquireOutcome,
     CloseReason,
@@ -56,6 +56,9 @@ class Waiter(Protocol):
 
     deadline: float
     waiting_since: float
+
+    @property
+    def acquire_timeout(self) -> float: ...
 
     def granted(self, server: ServerConnection, now: float) -> None: ...
 
@@ -190,14 +193,9 @@ class Pool:
             raise PoolClosed(f"pool {self.name!r} is closing")
         if not self.state.can_wait():
             self._refused()
-            limit = self.config.max_waiting
-            raise PoolSaturated(
-                f"{limit} clients wait for a connection from pool {self.name!r} already",
-                detail=self._who_holds(now),
-                hint=f"The limit is max_waiting ({limit}).",
-            )
+            raise report.too_many_wait(self.config, self._who_holds(now))
         waiter.waiting_since = now
-        waiter.deadline = now + self.config.acquire_timeout
+        waiter.deadline = now + waiter.acquire_timeout
         self.state.enqueue(waiter)
         self.opener.grow(now)
 
@@ -338,25 +336,28 @@ class Pool:
 
     def tick(self, now: float) -> None:
         """Sweep every deadline; called every 100 ms."""
-        while (waiter := self.state.overdue(now)) is not None:
-            self._time_out(waiter, now)
+        self._time_out_waiters(now)
         self._sweep_connections(now)
         self._note_slow_queries(now)
         if now >= self._next_ping and not self.is_closing:
             self._ping_all(now)
         self.opener.tick(now)
 
-    def _time_out(self, waiter: Waiter, now: float) -> None:
+    def _time_out_waiters(self, now: float) -> None:
+        overdue = self.state.overdue(now)
+        if not overdue:
+            return
+        holders = self._who_holds(now)
+        waiting = len(self.state.waiters) + len(overdue)
+        for before, waiter in enumerate(overdue):
+            self._time_out(waiter, now, waiting - before, holders)
+        asyncio.get_running_loop().call_soon(self._time_out_waiters, now)  # others have their turn
+
+    def _time_out(self, waiter: Waiter, now: float, waiting: int, holders: str) -> None:
         waited = now - waiter.waiting_since
         error: SidecarError
         if self.state.established or self._is_crowded_out():
-            waiting = len(self.state.waiters) + 1
-            error = AcquireTimeout(
-                f"no connection from pool {self.name!r} in {waited:.1f} s ({waiting} waiting)",
-                detail=self._who_holds(now),
-                hint="Look for transactions left open and for slow queries; if all is busy for good "
-                f"reason, raise max_size ({self.config.max_size}).",
-            )
+            error = report.waited_in_vain(self.config, waited, waiting, holders)
         else:
             error = self.opener.unavailable()
         self.observer.acquired(AcquireOutcome.TIMEOUT, waited, len(self.state.active))

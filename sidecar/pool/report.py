@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sidecar.config import PoolConfig, ServerTarget
+from sidecar.errors import AcquireTimeout, PoolSaturated
 from sidecar.events import PinReason, PoolMode, PoolSnapshot
 from sidecar.pool.server import ServerConnection
 from sidecar.pool.state import PoolState
@@ -108,4 +109,22 @@ def who_holds(state: State, limit: int, others: str, now: float) -> str:
     return (
         f"{len(active)} of {limit} connections in use, {left_open} of them idle in a transaction."
         f"{more} The oldest lease is {now - oldest.leased_at:.1f} s old: {who}."
+    )
+
+
+def too_many_wait(config: PoolConfig, holders: str) -> PoolSaturated:
+    limit = config.max_waiting
+    return PoolSaturated(
+        f"{limit} clients wait for a connection from pool {config.name!r} already",
+        detail=holders,
+        hint=f"The limit is max_waiting ({limit}).",
+    )
+
+
+def waited_in_vain(config: PoolConfig, waited: float, waiting: int, holders: str) -> AcquireTimeout:
+    return AcquireTimeout(
+        f"no connection from pool {config.name!r} in {waited:.1f} s ({waiting} waiting)",
+        detail=holders,
+        hint="Look for transactions left open and for slow queries; if all is busy for good "
+        f"reason, raise max_size ({config.max_size}).",
     )

@@ -7,6 +7,7 @@ so counts cannot drift. Functions decide; the caller does the I/O.
 
 from collections import OrderedDict
 from enum import IntEnum
+from math import inf
 from typing import Final, Generic, Protocol, TypeVar
 
 
@@ -41,11 +42,18 @@ _NEXT: dict[ConnectionState, frozenset[ConnectionState]] = {
 }
 
 
+_AT_ONCE: Final = 50
+"""Waiters told in one go that their time is over: 1 ms or so."""
+
+_ROUNDING: Final = 1e-3  # seconds; sums of floats are not exact
+
+
 class Connection(Protocol):
     state: ConnectionState
 
 
 class Waiter(Protocol):
+    waiting_since: float
     deadline: float
 
 
@@ -66,6 +74,7 @@ class PoolState(Generic[C, W]):
         self.idle = self.by_state[ConnectionState.IDLE]
         self.active = self.by_state[ConnectionState.ACTIVE]
         self.waiters: OrderedDict[W, None] = OrderedDict()
+        self._least_patience = inf  # seconds; nobody in the queue waits for less
 
     def __repr__(self) -> str:
         counts = " ".join(
@@ -129,6 +138,10 @@ class PoolState(Generic[C, W]):
         return not self.max_waiting or len(self.waiters) < self.max_waiting
 
     def enqueue(self, waiter: W) -> None:
+        """Its ``waiting_since`` is now."""
+        patience = waiter.deadline - waiter.waiting_since
+        if not self.waiters or patience < self._least_patience:
+            self._least_patience = patience
         self.waiters[waiter] = None
 
     def abandon(self, waiter: W) -> bool:
@@ -139,25 +152,36 @@ class PoolState(Generic[C, W]):
         """The waiter that waits longest, taken off the queue."""
         return self.waiters.popitem(last=False)[0] if self.waiters else None
 
-    def overdue(self, now: float) -> W | None:
-        """A waiter whose deadline has passed, taken off the queue. All wait equally long, so it
-        is the first one or none."""
-        if self.waiters:
-            first = next(iter(self.waiters))
-            if first.deadline <= now:
-                del self.waiters[first]
-                return first
-        return None
+    def overdue(self, now: float, most: int = _AT_ONCE) -> list[W]:
+        """The waiters whose deadline has passed, longest waiting first, taken off the queue.
+
+        At most ``most`` of them. Who came too late to be overdue, even with the least patience of
+        all, and whoever came after that, is not looked at: where all wait equally long, that is
+        everyone who is not overdue.
+        """
+        found: list[W] = []
+        came_by = now - self._least_patience + _ROUNDING
+        for waiter in self.waiters:
+            if waiter.waiting_since > came_by or len(found) == most:
+                break
+            if waiter.deadline <= now:
+                found.append(waiter)
+        for waiter in found:
+            del self.waiters[waiter]
+        return found
 
     # -- size ----------------------------------------------------------------------------------
 
-    def missing(self) -> int:
-        """How many more connections should be opened now: for each waiter that no opening,
-        checked or idle connection will serve, and to keep ``min_idle`` idle."""
+    def wanted(self) -> int:
+        """How many more connections there should be: for each waiter that no opening, checked or
+        idle connection will serve, and to keep ``min_idle`` idle. Negative: so many are not needed."""
         coming = len(self.by_state[ConnectionState.CONNECTING])
         serving = coming + len(self.idle) + len(self.by_state[ConnectionState.CHECKING])
-        wanted = max(len(self.waiters), self.min_idle) - serving
-        return max(0, min(wanted, self.max_size - self.size))
+        return max(len(self.waiters), self.min_idle) - serving
+
+    def missing(self) -> int:
+        """How many of them may be opened now."""
+        return max(0, min(self.wanted(), self.max_size - self.size))
 
     def surplus(self) -> int:
         """How many idle connections are more than ``min_idle``."""

@@ -25,9 +25,11 @@ from sidecar.proxy.authenticate import Authenticator
 from sidecar.proxy.certificates import Certificates, Identity
 from sidecar.proxy.directory import Directory
 from sidecar.proxy.guests import Console, Guest, NoConsole
+from sidecar.proxy.limits import Limits, limits_of
 from sidecar.proxy.login import Login
 from sidecar.proxy.relay import PoolTables, Relay
 from sidecar.proxy.session import Session
+from sidecar.proxy.sweeper import Sweeper
 
 log = logging.getLogger("pgsidecar.proxy")
 
@@ -62,6 +64,7 @@ class PgListener:
         """By the pid of their cancel keys. Those who keep a server connection have its backend's, one
         after the other, and we may have chosen the same for another client."""
         self._ids = count(1)
+        self._sweeper: Final = Sweeper(clock())
         self._next_pid = secrets.randbelow(1 << 30) + 1
         self._certificates: Certificates | None = None
         if config.listen.tls_cert_file is not None and config.listen.tls_mode != "disable":
@@ -201,17 +204,29 @@ class PgListener:
         self._relays.add(relay)
         if isinstance(relay, Relay):
             relay.tables.clients.add(relay)
+            self._sweeper.came(relay)
         self._keys.setdefault(pid, []).append(relay)
 
     def gone(self, relay: Relay | Guest) -> None:
         self._relays.discard(relay)
         if isinstance(relay, Relay):
             self._directory.leave(relay.tables, relay)
+            self._sweeper.gone(relay)
         sharing = self._keys.get(relay.pid)
         if sharing is not None and relay in sharing:
             sharing.remove(relay)
             if not sharing:
                 del self._keys[relay.pid]
+
+    def closing(self, relay: Relay) -> None:
+        self._sweeper.closing(relay, clock())
+
+    def tick(self, now: float) -> None:
+        """Sweep every limit of the clients; called every 100 ms."""
+        self._sweeper.tick(self._directory, now)
+
+    def limits(self, pool: PoolConfig, user: str) -> Limits:
+        return limits_of(pool, self._config.users.get(user))
 
     def cancel(self, request: CancelRequest) -> asyncio.Future[None] | None:
         """Takes as long for every wrong secret, so that none can be found by trying."""

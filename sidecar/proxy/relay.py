@@ -25,6 +25,7 @@ from sidecar.pool.server import ServerConnection, clock
 from sidecar.protocol import messages as m
 from sidecar.proxy import expect
 from sidecar.proxy.carrier import Carrier
+from sidecar.proxy.limits import CANCEL, CLIENT_IDLE, QUERY, Limits, Over
 from sidecar.proxy.pins import Inquiry, reason_of
 from sidecar.proxy.prepared import PreparedTable
 from sidecar.proxy.replies import Replies
@@ -43,6 +44,8 @@ _SHUTTING_DOWN: Final = "terminating connection because the connection pool shut
 _SAMPLED: Final = 64
 """One lease in so many is timed for ``proxy_overhead_seconds``."""
 
+_COPY_IS_OVER: Final = m.message(m.COPY_FAIL, CANCEL.message.encode() + b"\0")
+
 
 @dataclass(frozen=True, slots=True)
 class Client:
@@ -58,6 +61,9 @@ class Registry(Protocol):
 
     def gone(self, relay: "Relay") -> None: ...
 
+    def closing(self, relay: "Relay") -> None:
+        """It has been told to go; it may not listen."""
+
 
 class PoolTables:
     """What the clients of one pool share in the proxy."""
@@ -67,6 +73,8 @@ class PoolTables:
         self.settings: Final = SettingsTable()
         self.statements: Final = PreparedTable()
         self.texts: Final = TextCache()
+        self.limits: dict[Limits, Limits] = {}
+        """Those that clients have: one object for each combination."""
         self.leases = 0
         self.clients: Final[set[object]] = set()
         """Who uses the pool: relays, and sessions in login."""
@@ -91,9 +99,11 @@ class Relay:
         "client",
         "deadline",
         "id",
+        "idle_since",
         "is_closed",
         "is_leaving",
         "is_waiting",
+        "limits",
         "opened_at",
         "pid",
         "replies",
@@ -106,7 +116,12 @@ class Relay:
     )
 
     def __init__(
-        self, tables: PoolTables, registry: Registry, client: Client, settings: Settings
+        self,
+        tables: PoolTables,
+        registry: Registry,
+        client: Client,
+        settings: Settings,
+        limits: Limits,
     ) -> None:
         pool = tables.pool
         self.tables: Final = tables
@@ -133,6 +148,8 @@ class Relay:
         )
         self.id = 0  # told to people; no two clients have the same
         self.opened_at = 0.0
+        self.limits = tables.limits.setdefault(limits, limits)
+        self.idle_since = clock()  # the end of the last lease
         self.pid = 0  # of BackendKeyData
         self.secret = b""
         self.is_waiting = False
@@ -289,6 +306,7 @@ class Relay:
 
     def _refuse_cycle(self, error: SidecarError, data: bytes, pos: int) -> None:
         """Answer the cycle that begins here with an error; what belongs to it is skipped."""
+        self.idle_since = clock()
         self._report(error, "ERROR")
         if self._unleased.ignore_cycle(data, pos):
             self._write(m.READY_IDLE_MESSAGE)
@@ -388,6 +406,7 @@ class Relay:
         if self._own_time >= 0.0:
             self._pool.observer.overhead(self._own_time)
         self.server = None
+        self.idle_since = now
         if self._is_write_paused:
             server.transport.resume_reading()
         is_sound = True
@@ -574,6 +593,38 @@ class Relay:
         if news:
             self._write(news)
 
+    # -- limits --------------------------------------------------------------------------------
+
+    @property
+    def acquire_timeout(self) -> float:
+        return self.limits.acquire
+
+    def cancel_overdue(self, server: ServerConnection) -> None:
+        """Its query has run for too long."""
+        self._pool.observer.timed_out(CANCEL.kind)
+        self.replies.why_cancelled = CANCEL.message
+        if server.copy_in and not server.mid_message:
+            server.write(_COPY_IS_OVER)  # a server that waits for COPY data is deaf to cancels
+        # What the client sends next must not be hit instead, should the query end meanwhile.
+        self.transport.pause_reading()
+        self._pool.cancel(server).add_done_callback(self._read_again)
+
+    def _read_again(self, _: object) -> None:
+        if not (self._is_server_full or self._is_unread or self.transport.is_closing()):
+            self.transport.resume_reading()
+
+    def end_overdue(self, over: Over, now: float) -> None:
+        """Close the client for a limit. Its server connection is kept where that is sound."""
+        if over is not QUERY:  # that was counted when it was to be cancelled
+            self._pool.observer.timed_out(over.kind)
+        is_in_message = self.replies.incoming > 0
+        if self.server is not None:
+            self._leave(self.server, over.reason, now)
+        if is_in_message:
+            self.close()
+        else:
+            self._fail(over.error, is_error=over is not CLIENT_IDLE)
+
     # -- the end -------------------------------------------------------------------------------
 
     def cancel(self) -> asyncio.Future[None] | None:
@@ -585,6 +636,7 @@ class Relay:
             self._pool.abandon(self, clock())
             self.refused(SidecarError("canceling statement due to user request", sqlstate="57014"))
         elif self.server is not None and self.server.expected and not self._has_own_query:
+            self.replies.why_cancelled = ""
             return self._pool.cancel(self.server)
         return None
 
@@ -607,6 +659,7 @@ class Relay:
         """Close the client's socket; ``connection_lost`` does the rest."""
         if not self.is_closed and self.transport is not None:
             self.transport.close()
+            self._registry.closing(self)
 
     def _report(self, error: SidecarError, severity: str) -> None:
         self._pool.observer.query_failed(ErrorOrigin.SIDECAR, error.sqlstate)

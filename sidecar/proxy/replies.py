@@ -71,6 +71,7 @@ class Replies:
         "is_at_rest",
         "said_fatal",
         "values",
+        "why_cancelled",
     )
 
     def __init__(
@@ -93,6 +94,7 @@ class Replies:
         self.incoming = 0  # bytes of a message that are still to come
         self.is_at_rest = True  # the last thing the server said was ReadyForQuery, nothing is owed
         self.said_fatal = False  # the client has been told why the server ends the connection
+        self.why_cancelled = ""  # by ourselves: the server would say, by its user
         self.values: list[bytes] = []  # bodies of ParameterStatus, RESET: for the relay to note
 
     def forward(self, server: ServerConnection, data: bytes, now: float) -> bytes:
@@ -177,6 +179,8 @@ class Replies:
                     self._parsed(server, data, pos, end)
             elif kind == m.ERROR_RESPONSE:
                 self._error(server, data[pos + 5 : end], now)
+                if self.why_cancelled and end <= size:
+                    self._say_why(data, pos, end)
             elif kind == m.CLOSE_COMPLETE:
                 self._closed(server, data, pos, end)
             elif kind == m.EMPTY_QUERY_RESPONSE or kind == m.PORTAL_SUSPENDED:
@@ -240,6 +244,14 @@ class Replies:
         out.append(data[self._start : pos])
         self._start = end
         return out
+
+    def _say_why(self, data: bytes, pos: int, end: int) -> None:
+        """In the server's "canceling statement due to user request"."""
+        body = data[pos + 5 : end]
+        if m.sqlstate_of(body) == "57014":
+            error = m.error_response("ERROR", "57014", self.why_cancelled)
+            self._cut(data, pos, end).append(error)
+            self.why_cancelled = ""
 
     def _is_lease_over(self, server: ServerConnection) -> bool:
         """What follows is not for this client: FATAL, for one, from a server that shuts down."""

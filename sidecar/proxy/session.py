@@ -20,6 +20,7 @@ from sidecar.protocol import startup
 from sidecar.proxy.authenticate import Authenticator
 from sidecar.proxy.certificates import Identity
 from sidecar.proxy.guests import Console, Guest
+from sidecar.proxy.limits import Limits
 from sidecar.proxy.login import Login
 from sidecar.proxy.relay import Client, PoolTables, Relay
 from sidecar.proxy.settings import from_startup
@@ -62,6 +63,8 @@ class Host(Protocol):
     @property
     def authenticator(self) -> Authenticator: ...
 
+    def limits(self, pool: PoolConfig, user: str) -> Limits: ...
+
     def admit(self) -> None:
         """Raises PoolSaturated or PoolClosed if no further client is allowed."""
 
@@ -71,6 +74,8 @@ class Host(Protocol):
     def register(self, relay: Relay | Guest, pid: int | None = None) -> None: ...
 
     def gone(self, relay: Relay | Guest) -> None: ...
+
+    def closing(self, relay: Relay) -> None: ...
 
     def cancel(self, request: startup.CancelRequest) -> asyncio.Future[None] | None:
         """Pass it on. The future is done when the server has it; None: nobody has to be asked."""
@@ -203,7 +208,8 @@ class Session:
             if self._is_closed:
                 raise _Gone
             settings = tables.settings.intern(from_startup(packet, tables.pool.opener.parameters))
-            relay = Relay(tables, self._host, Client(user, database, self.address), settings)
+            client = Client(user, database, self.address)
+            relay = Relay(tables, self._host, client, settings, self._host.limits(pool, user))
             relay.secret = secrets.token_bytes(packet.secret_size)
             self._host.register(relay)
             values = (settings.canonical or settings).values

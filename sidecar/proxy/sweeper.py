@@ -1,0 +1,87 @@
+"""Sweeps the limits of all clients, every 100 ms.
+
+Leases are looked at in each sweep: they are as many as server connections. The other clients are
+thousands, so each is looked at only when its time may be over. What is over is decided in
+``limits``; the relay ends what has to end. Runs no task: the service's janitor calls ``tick``.
+"""
+
+from collections.abc import Iterable
+from typing import Final
+
+from sidecar.pool.pool import Pool
+from sidecar.pool.server import ServerConnection
+from sidecar.protocol import messages as m
+from sidecar.proxy.limits import CANCEL, CLIENT_IDLE, Watch, Wheel
+from sidecar.proxy.relay import Relay
+
+LAST_WORDS: Final = 5.0
+"""Seconds that a client gets to read why it is closed."""
+
+_STEP: Final = 0.1  # s
+
+
+class Sweeper:
+    def __init__(self, now: float) -> None:
+        self._wheel: Final[Wheel[Relay]] = Wheel(_STEP, now)
+        self._watches: dict[ServerConnection, Watch] = {}
+
+    def came(self, relay: Relay) -> None:
+        """The client has logged in."""
+        if relay.limits.client_idle:
+            self._wheel.put(relay, relay.idle_since + relay.limits.client_idle)
+
+    def closing(self, relay: Relay, now: float) -> None:
+        """The client has been told to go. One that does not read would stay for ever."""
+        self._wheel.put(relay, now + LAST_WORDS)
+
+    def gone(self, relay: Relay) -> None:
+        self._wheel.remove(relay)
+
+    def tick(self, pools: Iterable[Pool], now: float) -> None:
+        watches: dict[ServerConnection, Watch] = {}
+        for pool in pools:
+            for server in list(pool.state.active):
+                relay = server.receiver
+                if isinstance(relay, Relay) and relay.limits.concern_leases:
+                    watches[server] = watch = self._watches.get(server) or Watch()
+                    self._sweep_lease(relay, server, watch, now)
+        self._watches = watches
+        for relay in self._wheel.due(now):
+            if relay.transport.is_closing():
+                relay.transport.abort()
+            else:
+                self._sweep_idle(relay, now)
+
+    def _sweep_lease(
+        self, relay: Relay, server: ServerConnection, watch: Watch, now: float
+    ) -> None:
+        over = watch.judge(
+            relay.limits,
+            server,
+            now,
+            is_at_rest=relay.replies.is_at_rest,
+            passing=relay.requests.passing,
+        )
+        if over is CANCEL:
+            relay.cancel_overdue(server)
+        elif over is not None:
+            relay.end_overdue(over, now)
+
+    def _sweep_idle(self, relay: Relay, now: float) -> None:
+        limit = relay.limits.client_idle
+        if not limit:
+            return
+        since = _silent_since(relay, now)
+        if now - since < limit:
+            self._wheel.put(relay, since + limit)
+        else:
+            relay.end_overdue(CLIENT_IDLE, now)
+
+
+def _silent_since(relay: Relay, now: float) -> float:
+    """Since when the client has wanted nothing, outside of a transaction."""
+    server = relay.server
+    if server is None:
+        return now if relay.is_waiting else relay.idle_since
+    is_silent = relay.replies.is_at_rest and server.tx_status == m.IDLE
+    return server.status_since if is_silent else now
