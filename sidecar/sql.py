@@ -218,6 +218,14 @@ def session_effects(low: bytes) -> tuple[int, frozenset[bytes], frozenset[bytes]
     return effects, resets, names
 
 
+def begins_block(query: Query, text: bytes) -> bool:
+    """Whether this is a single BEGIN or START TRANSACTION."""
+    if query.operation != _TRANSACTION or text.find(b";", 0, -1) >= 0:
+        return False
+    found = _first_word(text.lower())
+    return found is not None and found[1] in (b"begin", b"start")
+
+
 def deallocated(text: bytes) -> bytes:
     """Which prepared statement a text with the effect ``DEALLOCATE`` names, as the server folds it."""
     bare = _TOKENS.sub(lambda m: b" " if m["comment"] is not None else m[0], text.lower())

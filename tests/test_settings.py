@@ -66,7 +66,7 @@ def test_options_that_are_no_settings_are_the_clients_error():
         ({}, {b"a": b"it's"}, b"SET a TO 'it''s'"),
         ({}, {b"a": b"c:\\"}, b"SET a TO E'c:\\\\'"),
         ({}, {b"a": b"\\'"}, b"SET a TO E'\\\\'''"),
-        ({}, {b"my.setting": b"x"}, b"SET my.setting TO 'x'"),
+        ({}, {b"my.setting": b"x"}, b'SET "my"."setting" TO \'x\''),
         ({}, {b'a"; drop table t; --': b"x"}, b'SET "a""; drop table t; --" TO \'x\''),
         ({b"a b": b"1"}, {}, b'RESET "a b"'),
         (

@@ -26,6 +26,12 @@ OUR_UNNAMED_CLOSE: Final = 9  # of an unnamed statement that is not the client's
 SETUP: Final = 8  # our Query that carries over settings
 PARSE_TAKEN: Final = 11  # the client's Parse of a name that is taken: the server must refuse it
 OUR_SYNC: Final = 10  # behind a Flush: the client would keep the connection, but needs it no more
+REFUSED_QUERY: Final = 12  # in its place the server got what it has to refuse; the error is ours
+REFUSED_PARSE: Final = 13
+DEALLOCATED: Final = 14  # a Sync in place of a Query that was DEALLOCATE of a renamed statement
+LAST: Final = 14
+
+REFUSED: Final = (REFUSED_QUERY, REFUSED_PARSE)
 
 _WITH_UNDO: Final = frozenset({FAKE_PARSE, PARSE_NAMED, CLOSE_NAMED, OUR_PARSE, OUR_CLOSE})
 
@@ -61,11 +67,11 @@ def skip_to_sync(server: ServerConnection) -> int:
     expected = server.expected
     queries = 0
     skipped: list[tuple[int, Undo]] = []
-    while expected and expected[0] != m.SYNC and expected[0] != OUR_SYNC:
+    while expected and expected[0] not in (m.SYNC, OUR_SYNC, DEALLOCATED):
         code = expected.popleft()
         if code <= AUTOMATIC:
             server.automatic -= 1
-        if code in (m.EXECUTE, m.QUERY, m.FUNCTION_CALL):
+        if code in (m.EXECUTE, m.QUERY, m.FUNCTION_CALL, REFUSED_QUERY):
             queries += 1
         elif code in _WITH_UNDO:
             skipped.append((code, server.undo.popleft()))

@@ -106,7 +106,7 @@ def question(effects: int, names: frozenset[bytes], user: bytes, role: bytes) ->
             + b" OR session_user OPERATOR(pg_catalog.<>) "
             + literal(user)
         )
-    return b" UNION ALL ".join(parts)
+    return b" UNION ALL ".join(parts) or b"SELECT '', '', '' WHERE false"
 
 
 class Inquiry:

@@ -27,6 +27,7 @@ from sidecar.proxy import expect
 from sidecar.proxy.carrier import Carrier
 from sidecar.proxy.limits import CANCEL, CLIENT_IDLE, QUERY, Limits, Over
 from sidecar.proxy.pins import Inquiry, reason_of
+from sidecar.proxy.policy import refused_effects
 from sidecar.proxy.prepared import PreparedTable
 from sidecar.proxy.replies import Replies
 from sidecar.proxy.requests import Requests, TextCache
@@ -88,6 +89,7 @@ class Relay:
         "_holds_lease",
         "_inquiry",
         "_is_holding",
+        "_is_one_statement",
         "_is_server_full",
         "_is_unread",
         "_is_write_paused",
@@ -137,9 +139,12 @@ class Relay:
             renames=pool.config.mode is not PoolMode.SESSION,
             statement_limit=pool.config.max_prepared_statements,
             observer=pool.observer,
+            refused=refused_effects(pool.config),
+            refuses_blocks=pool.config.mode is PoolMode.STATEMENT,
         )
         self.requests.dialect = self._carrier.settings.dialect
         self._holds_lease: Final = pool.config.mode is PoolMode.SESSION
+        self._is_one_statement: Final = pool.config.mode is PoolMode.STATEMENT
         self.replies: Final = Replies(
             self.requests,
             pool.observer,
@@ -391,8 +396,22 @@ class Relay:
             self._note_values(server, replies)
         if self._own_time >= 0.0:
             self._own_time += clock() - now
-        if replies.is_at_rest and server.tx_status == m.IDLE and not self.requests.passing:
-            self._end_lease(server, now)
+        if replies.is_at_rest and not self.requests.passing:
+            if server.tx_status == m.IDLE:
+                self._end_lease(server, now)
+            elif self._is_one_statement:
+                self._refuse_transaction()
+
+    def _refuse_transaction(self) -> None:
+        self._fail(
+            SidecarError(
+                "transaction blocks are not allowed in statement mode",
+                detail=f"The mode of pool {self._pool.name!r} is statement. "
+                "The transaction has been rolled back.",
+                hint="Use a pool in transaction mode.",
+                sqlstate="0A000",
+            )
+        )
 
     def _end_lease(self, server: ServerConnection, now: float) -> None:
         """Nothing is outstanding: give the connection back, unless it is kept for longer."""
@@ -546,6 +565,9 @@ class Relay:
         self._has_own_query = False
         self.replies.is_at_rest = True
         was_pinned = server.pin is not None
+        if inquiry.there and self._pool.config.pin is PinPolicy.REFUSE:
+            server.is_dirty = True  # what could not be seen beforehand
+            inquiry.there = 0
         server.effects = server.asked = inquiry.there
         server.pin = reason_of(inquiry.there)
         if inquiry.settings is not None:

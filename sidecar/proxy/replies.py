@@ -42,6 +42,11 @@ _KNOWN: Final = _UNSETTLING | {
 RESET: Final = b""
 """Among the values that the relay notes: settings have been reset. No ParameterStatus is empty."""
 
+_DEALLOCATED: Final = m.message(m.COMMAND_COMPLETE, b"DEALLOCATE\0")
+
+_ENDS_BY_ITSELF: Final = (m.QUERY, m.SYNC, m.FUNCTION_CALL, expect.REFUSED_QUERY)
+"""After an error to one of these the server does not skip to the next Sync."""
+
 _LONGEST: Final = 0x40000000
 """Bytes; PostgreSQL's MaxAllocSize: no message of its is as long."""
 
@@ -160,8 +165,8 @@ class Replies:
             elif kind == m.READY_FOR_QUERY:
                 if length != 5:
                     raise ServerProtocolError(f"ReadyForQuery of {length} bytes")
-                if expected and expected[0] == expect.OUR_SYNC:
-                    self._cut(data, pos, end)
+                if expected and expected[0] <= expect.LAST:
+                    self._own_ready(expected[0], data, pos, end)
                 self._ready(server, data[pos + 5], now)
                 if end < size and self._is_lease_over(server):
                     pos = end
@@ -178,9 +183,14 @@ class Replies:
                 else:
                     self._parsed(server, data, pos, end)
             elif kind == m.ERROR_RESPONSE:
-                self._error(server, data[pos + 5 : end], now)
-                if self.why_cancelled and end <= size:
-                    self._say_why(data, pos, end)
+                if expected and expected[0] in expect.REFUSED:
+                    refusal = self._requests.refusal
+                    self._cut(data, pos, end).append(refusal)
+                    self._error(server, refusal[5:], now, ErrorOrigin.SIDECAR)
+                else:
+                    self._error(server, data[pos + 5 : end], now, ErrorOrigin.SERVER)
+                    if self.why_cancelled and end <= size:
+                        self._say_why(data, pos, end)
             elif kind == m.CLOSE_COMPLETE:
                 self._closed(server, data, pos, end)
             elif kind == m.EMPTY_QUERY_RESPONSE or kind == m.PORTAL_SUSPENDED:
@@ -258,6 +268,13 @@ class Replies:
         is_idle = self.is_at_rest and server.tx_status == m.IDLE
         return is_idle and not server.effects and not self._holds_lease
 
+    def _own_ready(self, head: int, data: bytes, pos: int, end: int) -> None:
+        """ReadyForQuery that answers what we sent in place of something else, or on top of it."""
+        if head == expect.OUR_SYNC:
+            self._cut(data, pos, end)
+        elif head == expect.DEALLOCATED:
+            self._cut(data, pos, pos).append(_DEALLOCATED)
+
     # -- ends of queries and transactions ------------------------------------------------------
 
     def _complete(self, server: ServerConnection, data: bytes, tag: int, now: float) -> None:
@@ -312,7 +329,12 @@ class Replies:
     def _ready(self, server: ServerConnection, status: int, now: float) -> None:
         expected = server.expected
         head = expected.popleft() if expected else 0
-        if head == m.QUERY or head == m.FUNCTION_CALL:
+        if (
+            head == m.QUERY
+            or head == m.FUNCTION_CALL
+            or head == expect.REFUSED_QUERY
+            or head == expect.DEALLOCATED
+        ):
             self._query_done(server, now)
         elif head == expect.OUR_SYNC:
             self._requests.has_failed = server.cycle_failed
@@ -335,16 +357,18 @@ class Replies:
             server.automatic -= 1
         self.is_at_rest = not expected
 
-    def _error(self, server: ServerConnection, body: bytes, now: float) -> None:
+    def _error(
+        self, server: ServerConnection, body: bytes, now: float, origin: ErrorOrigin
+    ) -> None:
         sqlstate = m.sqlstate_of(body)
-        self._observer.query_failed(ErrorOrigin.SERVER, sqlstate)
+        self._observer.query_failed(origin, sqlstate)
         server.cycle_failed = True
         server.copy_in = False
         if b"\0VFATAL\0" in body or b"\0VPANIC\0" in body:
             server.last_error = sqlstate
             self.said_fatal = True
         expected = server.expected
-        if expected and expected[0] not in (m.QUERY, m.SYNC, m.FUNCTION_CALL):
+        if expected and expected[0] not in _ENDS_BY_ITSELF:
             has_parse, has_ours = m.PARSE in expected, expect.OUR_UNNAMED_PARSE in expected
             dropped = expect.skip_to_sync(server)
             if m.PARSE not in expected and expect.OUR_UNNAMED_PARSE not in expected:

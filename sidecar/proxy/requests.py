@@ -12,9 +12,21 @@ from sidecar.errors import ClientProtocolError
 from sidecar.events import Operation, PoolObserver
 from sidecar.pool.server import ServerConnection
 from sidecar.protocol import messages as m
-from sidecar.proxy import expect, prepared
+from sidecar.proxy import expect, policy, prepared
 from sidecar.proxy.prepared import Prepared
-from sidecar.sql import DEALLOCATE, LASTING, LOAD, NONE, SETTING, UNKNOWN, Query, classify
+from sidecar.sql import (
+    DEALLOCATE,
+    LASTING,
+    LOAD,
+    NONE,
+    SETTING,
+    TEMP_TABLE,
+    UNKNOWN,
+    Query,
+    begins_block,
+    classify,
+    deallocated,
+)
 
 INSPECTED: Final = 16 * 1024
 """Bytes of a message that are gathered before it is looked at and passed on in pieces."""
@@ -43,6 +55,10 @@ _LONGEST_OTHERS: Final = 10_000
 # same, in its turn. The real statement stays, other clients may use it.
 _CLOSE_NOTHING: Final = m.close_statement(prepared.PREFIX + b"none")
 _CLOSE_UNNAMED: Final = m.close_statement(b"")
+
+# In place of a statement that the pool refuses: certain to fail, whatever the state, and found in
+# the server's log by those who wonder. What the client is told is ours (``replies``).
+_REFUSED: Final = b"REFUSED /* pgsidecar, pin: refuse */"
 
 
 class TextCache:
@@ -82,6 +98,8 @@ class Requests:
         "_operation",
         "_out",
         "_prepared",
+        "_refused",
+        "_refuses_blocks",
         "_renames",
         "_start",
         "_statement_limit",
@@ -92,6 +110,7 @@ class Requests:
         "dialect",
         "has_failed",
         "passing",
+        "refusal",
         "resets",
         "rest",
         "wants_to_leave",
@@ -105,9 +124,15 @@ class Requests:
         renames: bool,
         statement_limit: int,
         observer: PoolObserver,
+        refused: int = 0,
+        refuses_blocks: bool = False,
     ) -> None:
-        """``renames``: this client's statements must be found on any connection."""
+        """``renames``: this client's statements must be found on any connection. ``refused``: effects
+        that no statement may have, see ``sql``. ``refuses_blocks``: BEGIN is refused."""
         self._observer = observer
+        self._refused = refused
+        self._refuses_blocks = refuses_blocks
+        self.refusal = b""  # the ErrorResponse for what was refused last
         self._cache = cache
         self._prepared = table
         self._renames = renames
@@ -209,7 +234,13 @@ class Requests:
             elif kind == m.QUERY:
                 # compiled, a slice must not end before it begins
                 text = data[pos + 5 : end - 1] if length > 4 else b""
-                self._add_query(server, m.QUERY, classify(text), now)
+                query = classify(text)
+                if (query.effects or self._refuses_blocks) and self._replaces(
+                    server, query, text, data, pos, end
+                ):
+                    self._run(server, query.operation, now)
+                else:
+                    self._add_query(server, m.QUERY, query, now)
             elif kind == m.BIND:
                 self._has_bound = True
                 self._bind(server, data, pos, end)
@@ -275,6 +306,41 @@ class Requests:
         self._has_unnamed = False  # a Query takes it away (54.2.3)
         self._unnamed_parse = None
 
+    def _replaces(
+        self, server: ServerConnection, query: Query, text: bytes, data: bytes, pos: int, end: int
+    ) -> bool:
+        """Of a Query with effects: send something else to the server, where it must not get this."""
+        if self._is_refused(query, text):
+            self._replace(data, pos, end, m.query(_REFUSED))
+            server.expected.append(expect.REFUSED_QUERY)
+            self._has_unnamed = False
+            self._unnamed_parse = None
+            return True
+        if (
+            query.effects & DEALLOCATE
+            and self._renames
+            and not server.expected
+            and server.tx_status != m.FAILED
+            and self._statements.pop(deallocated(text), None) is not None
+        ):
+            # The server may not have it, others may use it: an empty cycle does for the answer.
+            self._replace(data, pos, end, m.SYNC_MESSAGE)
+            server.expected.append(expect.DEALLOCATED)
+            return True
+        return False
+
+    def _is_refused(self, query: Query, text: bytes) -> bool:
+        if self._refuses_blocks and begins_block(query, text):
+            self.refusal = policy.NO_BLOCKS
+            return True
+        effects = query.effects & self._refused
+        if not effects or query.effects == UNKNOWN:
+            return False
+        if effects == TEMP_TABLE and b"on commit drop" in text.lower():
+            return False
+        self.refusal = policy.no_pin(effects)
+        return True
+
     # -- extended protocol ---------------------------------------------------------------------
 
     def _parse(self, server: ServerConnection, data: bytes, pos: int, end: int) -> None:
@@ -284,6 +350,10 @@ class Requests:
         query = self._cache.classify(text)
         if query.resets:
             self.resets |= query.resets
+        if (query.effects or self._refuses_blocks) and self._replaces_parse(
+            server, query, text, data, pos, end
+        ):
+            return
         if name_end == pos + 5:
             server.expected.append(m.PARSE)
             self._unnamed = query
@@ -316,6 +386,30 @@ class Requests:
             server.prepared[statement] = None
             server.expected.append(expect.PARSE_NAMED)
         server.undo.append((self._statements, name, statement))
+
+    def _replaces_parse(
+        self, server: ServerConnection, query: Query, text: bytes, data: bytes, pos: int, end: int
+    ) -> bool:
+        """As ``_replaces``, of a Parse."""
+        if self._is_refused(query, text):
+            self._replace(data, pos, end, m.parse(b"", _REFUSED + b"\0\0\0"))
+            server.expected.append(expect.REFUSED_PARSE)
+            self.forget_unnamed()
+            return True
+        if not (query.effects & DEALLOCATE and self._renames and data[pos + 5] == 0):
+            return False
+        statement = self._statements.pop(deallocated(text), None)
+        if statement is None:
+            return False
+        self._ensure(server, statement, data, pos)
+        instead = m.parse(b"", b'DEALLOCATE "%b"\0\0\0' % statement.name)
+        self._replace(data, pos, end, instead)
+        server.expected.append(m.PARSE)
+        server.is_dirty = True  # whether it will have been executed, our books do not know
+        self._unnamed = query
+        self._unnamed_parse = instead
+        self._has_unnamed = True
+        return True
 
     def _bind(self, server: ServerConnection, data: bytes, pos: int, end: int) -> None:
         query = self._unnamed

@@ -39,7 +39,8 @@ _LIST_VALUED: Final = re.compile(
 )
 """SET takes these as lists of identifiers; set_config takes the text as a client sent it."""
 
-_NAME: Final = re.compile(rb"[a-z_][a-z0-9_$]*(\.[a-z_][a-z0-9_$]*)*")
+
+_NAME: Final = re.compile(rb"[a-z_][a-z0-9_]*")
 
 
 class Settings:
@@ -124,8 +125,10 @@ def _assign(name: bytes, value: bytes) -> bytes:
 
 
 def _name(name: bytes) -> bytes:
-    """A setting's name in SQL. What is not one is quoted, for the server to refuse."""
-    return name if _NAME.fullmatch(name) else b'"' + name.replace(b'"', b'""') + b'"'
+    """A setting's name in SQL; quoted where it may be a keyword, or no name at all."""
+    if _NAME.fullmatch(name):
+        return name
+    return b".".join(b'"' + part.replace(b'"', b'""') + b'"' for part in name.split(b"."))
 
 
 def literal(text: bytes) -> bytes:

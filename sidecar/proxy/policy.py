@@ -1,0 +1,43 @@
+"""What a pool's policies refuse, and what the client is told then.
+
+Pure. The statement itself is replaced by one that the server must refuse (``requests``), so that a
+transaction fails as it does after any error; the text of the error is ours (``replies``).
+"""
+
+from typing import Final
+
+from sidecar.config import PoolConfig
+from sidecar.events import PinPolicy, PoolMode
+from sidecar.protocol import messages as m
+from sidecar.proxy.pins import reason_of
+from sidecar.sql import LASTING
+
+_SQLSTATE: Final = "0A000"  # feature_not_supported
+
+NO_BLOCKS: Final = m.error_response(
+    "ERROR",
+    _SQLSTATE,
+    "transaction blocks are not allowed in statement mode",
+    hint="Use a pool in transaction mode, or send the whole block as one query.",
+)
+
+
+def refused_effects(config: PoolConfig) -> int:
+    """The effects that no statement may have in this pool, see ``sql``."""
+    is_refusing = config.pin is PinPolicy.REFUSE and config.mode is not PoolMode.SESSION
+    return LASTING if is_refusing else 0
+
+
+def no_pin(effects: int) -> bytes:
+    reason = reason_of(effects)
+    assert reason is not None
+    return m.error_response(
+        "ERROR",
+        _SQLSTATE,
+        f"this statement would keep the server connection ({reason.value}), which the connection"
+        " pool refuses (pin: refuse)",
+        detail="LISTEN, temporary objects, session-level advisory locks, cursors WITH HOLD, PREPARE, "
+        "SET ROLE and LOAD need a connection that stays with its client.",
+        hint="Use a pool in session mode, or a form that ends with the transaction: ON COMMIT DROP, "
+        "pg_advisory_xact_lock, SET LOCAL.",
+    )
