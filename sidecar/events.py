@@ -192,6 +192,15 @@ class ClientOutcome(StrEnum):
     AUTH_FAILED = "auth_failed"
 
 
+class Stop(IntEnum):
+    """How the sidecar ends. A later word counts if it is more urgent."""
+
+    CLIENTS_GONE = 0  # take no more clients, and wait until all have left
+    RELEASED = 1  # send away who has no lease, and wait until all are over
+    DRAIN = 2  # the same, up to a deadline
+    NOW = 3
+
+
 @dataclass(frozen=True, slots=True)
 class PoolSnapshot:
     """The state of one pool at one instant. Times in seconds."""
@@ -224,6 +233,7 @@ class ClientSnapshot:
 
     id: int
     pool: str
+    pool_key: int  # tells the pools of a template apart
     user: str
     database: str  # as the client named it
     application: str
@@ -233,7 +243,7 @@ class ClientSnapshot:
     local_port: int
     tls: str  # version/cipher; empty if not encrypted
     opened_at: float
-    asked_at: float  # the beginning of its last lease or wait; 0 before the first
+    asked_at: float  # the beginning of its query, lease or wait; else the end of its last lease
     waiting_since: float  # 0 if it does not wait
     deadline: float  # of that wait
     server: int  # the id of the server connection it has; 0 if none
@@ -246,6 +256,7 @@ class ServerSnapshot:
 
     id: int
     pool: str
+    pool_key: int
     user: str
     database: str
     state: str

@@ -4,41 +4,63 @@ Owns no state of the pools or of the listener: it reads theirs, and calls what t
 ``service``, which alone starts and stops.
 """
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from sidecar.config import Config
 from sidecar.console.facts import PoolFacts, Totals
-from sidecar.events import AcquireOutcome, ClientSnapshot, PoolSnapshot, ServerSnapshot
+from sidecar.errors import SidecarError
+from sidecar.events import (
+    AcquireOutcome,
+    ClientSnapshot,
+    PoolSnapshot,
+    ServerSnapshot,
+    Stop,
+)
 from sidecar.observe.recorder import PoolRecorder, Recorder
-from sidecar.pool import telling
+from sidecar.pool import steering, telling
 from sidecar.pool.pool import Pool
 from sidecar.pool.server import clock
 from sidecar.proxy.directory import Directory
 from sidecar.proxy.listener import PgListener
 
+log = logging.getLogger("pgsidecar")
+
 
 class Operations:
-    def __init__(self, config: Config, recorder: Recorder) -> None:
+    def __init__(
+        self, config: Config, recorder: Recorder, shut_down: Callable[[Stop], None]
+    ) -> None:
         self.config = config
         self.listener: PgListener | None = None  # as soon as there is one
         self.directory: Directory | None = None  # so
         self._recorder: Final = recorder
+        self._shut_down: Final = shut_down
 
     # -- seeing --------------------------------------------------------------------------------
 
     @property
     def pg_address(self) -> tuple[str, int]:
-        assert self.listener is not None
-        return self.listener.address
+        return self._clients.address
 
     def pools(self) -> list[PoolFacts]:
         """One for each entry of the configuration; all pools of a template are one."""
-        assert self.directory is not None
-        fixed = self.directory.fixed
+        fixed = self._directory.fixed
         return [
             self._facts(snapshot, fixed.get(snapshot.name))
-            for snapshot in self.directory.snapshots(clock())
+            for snapshot in self._directory.snapshots(clock())
+        ]
+
+    def live_pools(self) -> list[tuple[int, str, PoolSnapshot]]:
+        now = clock()
+        return [
+            (
+                id(pool),
+                pool.target.database if pool.config.is_template else pool.name,
+                pool.snapshot(now),
+            )
+            for pool in self._directory
         ]
 
     def _facts(self, snapshot: PoolSnapshot, pool: Pool | None) -> PoolFacts:
@@ -46,23 +68,105 @@ class Operations:
             snapshot,
             self.config.pools[snapshot.name],
             _totals(self._recorder.pool(snapshot.name)),
-            is_paused=False,
-            is_disabled=False,
+            is_paused=snapshot.name in self._directory.paused,
+            is_disabled=snapshot.name in self._clients.disabled,
             why_down="" if snapshot.is_up or pool is None else pool.opener.why_down(),
         )
 
     def clients(self) -> Iterator[ClientSnapshot]:
-        assert self.listener is not None
-        return self.listener.snapshots()
+        return self._clients.snapshots()
 
     def servers(self) -> Iterator[ServerSnapshot]:
-        assert self.directory is not None
-        for pool in list(self.directory):
+        for pool in list(self._directory):
             yield from telling.servers(pool)
 
     def logins(self) -> int:
+        return self._clients.logins
+
+    # -- doing ---------------------------------------------------------------------------------
+
+    def meant(self, database: str) -> list[str]:
+        if not database:
+            return list(self.config.pools)
+        if database in self.config.pools:
+            return [database]
+        pool = self.config.pool_for(database)
+        if pool.is_template:
+            raise SidecarError(
+                f'database "{database}" is one of template "{pool.name}"',
+                hint=f'Name the template, which means all of its databases: "{pool.name}".',
+                sqlstate="0A000",
+            )
+        return [pool.name]
+
+    def pause(self, pools: Sequence[str]) -> list[str]:
+        now, paused = clock(), self._directory.paused
+        log.info("pools paused", extra={"pools": ",".join(pools)})
+        self._directory.paused = paused.union(pools)
+        for pool in self._named(pools):
+            steering.pause(pool, now)
+        return [name for name in pools if name not in paused]
+
+    def resume(self, pools: Sequence[str]) -> list[str]:
+        now, paused = clock(), self._directory.paused
+        resumed = [name for name in pools if name in paused]
+        log.info("pools resumed", extra={"pools": ",".join(resumed)})
+        self._directory.paused = paused.difference(pools)
+        for pool in self._named(resumed):
+            steering.resume(pool, now)
+        return resumed
+
+    def has_connections(self, pools: Sequence[str]) -> bool:
+        return any(pool.state.size for pool in self._named(pools))
+
+    def reconnect(self, pools: Sequence[str]) -> None:
+        now = clock()
+        log.info("connections are replaced", extra={"pools": ",".join(pools)})
+        for pool in self._named(pools):
+            steering.replace_all(pool, now)
+
+    def has_replaced(self, pools: Sequence[str]) -> bool:
+        return any(
+            server.is_replaced for pool in self._named(pools) for server in telling.servers(pool)
+        )
+
+    def kill(self, pools: Sequence[str]) -> None:
+        now = clock()
+        log.warning("pools killed", extra={"pools": ",".join(pools)})
+        self._directory.paused = self._directory.paused.union(pools)
+        for pool in self._named(pools):
+            steering.kill(pool, now)
+        for relay in self._clients.relays():
+            if relay.pool.name in pools:
+                relay.kill()
+
+    def kill_client(self, id: int) -> bool:
+        for relay in self._clients.relays():
+            if relay.id == id:
+                relay.kill()
+                return True
+        return False
+
+    def set_enabled(self, pools: Sequence[str], enabled: bool) -> None:
+        log.info("pools enabled" if enabled else "pools disabled", extra={"pools": ",".join(pools)})
+        disabled = self._clients.disabled
+        self._clients.disabled = disabled.difference(pools) if enabled else disabled.union(pools)
+
+    def shut_down(self, stop: Stop) -> None:
+        self._shut_down(stop)
+
+    def _named(self, names: Sequence[str]) -> list[Pool]:
+        return [pool for pool in self._directory if pool.name in names]
+
+    @property
+    def _directory(self) -> Directory:
+        assert self.directory is not None
+        return self.directory
+
+    @property
+    def _clients(self) -> PgListener:
         assert self.listener is not None
-        return self.listener.logins
+        return self.listener
 
 
 def _totals(recorder: PoolRecorder) -> Totals:

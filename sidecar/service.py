@@ -20,7 +20,7 @@ from sidecar.api.server import HttpServer
 from sidecar.config import Config
 from sidecar.console.desk import Desk
 from sidecar.errors import ConfigError
-from sidecar.events import Observer, PoolSnapshot
+from sidecar.events import Observer, PoolSnapshot, Stop
 from sidecar.observe.metrics import MetricsText
 from sidecar.observe.recorder import Recorder
 from sidecar.operate import Operations
@@ -46,8 +46,9 @@ class Service:
             [(pool.name, pool.slow_query_threshold) for pool in config.pools.values()], clock
         )
         self._observer: Final[Observer] = self.recorder if observer is None else observer
-        self.operations: Final = Operations(config, self.recorder)
+        self.operations: Final = Operations(config, self.recorder, self.shut_down)
         self._directory: Directory | None = None
+        self._stop = Stop.CLIENTS_GONE
         self._listener: PgListener | None = None
         self._http: HttpServer | None = None
         self._stopping = asyncio.Event()
@@ -96,9 +97,14 @@ class Service:
 
     async def stop(self) -> None:
         """Drain and stop. Safe to call if ``start`` failed."""
-        self._stopping.set()
+        self.shut_down(Stop.DRAIN)
         if self._main is not None and not self._main.done():
             await self.wait()
+
+    def shut_down(self, how: Stop) -> None:
+        """Begin to stop, or go on with more haste."""
+        self._stop = max(how, self._stop)
+        self._stopping.set()
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -166,12 +172,23 @@ class Service:
 
     async def _drain(self) -> None:
         assert self._listener is not None
-        log.info("draining", extra={"clients": self._listener.clients})
+        log.info("draining", extra={"clients": self._listener.clients, "until": self._stop.name})
         self._listener.stop_accepting()
-        deadline = clock() + self.config.drain_timeout
-        while clock() < deadline and any(  # noqa: ASYNC110  once in a life; an event would need a hook in the hot path
-            pool.state.active or pool.state.waiters for pool in self.directory
-        ):
+        has_sent_away = False
+        deadline: float | None = None
+        while self._stop is not Stop.NOW:
+            if self._stop is Stop.CLIENTS_GONE:
+                if not self._listener.relays():
+                    break
+            elif not has_sent_away:
+                has_sent_away = True
+                self._listener.send_away()
+            elif not any(pool.state.active or pool.state.waiters for pool in self.directory):
+                break
+            elif self._stop is Stop.DRAIN:
+                deadline = deadline or clock() + self.config.drain_timeout
+                if clock() >= deadline:
+                    break
             await asyncio.sleep(0.02)
 
     async def _close(self) -> None:

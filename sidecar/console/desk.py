@@ -4,6 +4,7 @@ The ``Console`` of the proxy's listener. Reads and acts through ``Control``; run
 own but those of its sessions.
 """
 
+import asyncio
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -18,10 +19,19 @@ from sidecar.console.rows import Column, columns
 from sidecar.console.session import Answer, ConsoleSession, Spawn
 from sidecar.console.tables import TABLES
 from sidecar.errors import AuthenticationFailed, SidecarError
-from sidecar.events import ClientSnapshot, Traffic
+from sidecar.events import ClientSnapshot, Stop, Traffic
 
 PGBOUNCER: Final = "pgbouncer"
 """PgBouncer's own name of its console, which some programs have built in. A pool may have it."""
+
+
+_STOPS: Final = {
+    "": Stop.NOW,
+    "WAIT_FOR_SERVERS": Stop.RELEASED,
+    "WAIT_FOR_CLIENTS": Stop.CLIENTS_GONE,
+}
+
+_POLL: Final = 0.02  # s
 
 
 class Registry(Protocol):
@@ -49,7 +59,7 @@ class Desk:
     def is_meant(self, database: str) -> bool:
         if database == PGBOUNCER:
             try:
-                self._control.config.pool_for(database)
+                return self._control.config.pool_for(database).is_template
             except SidecarError:
                 return True
         return database == CONSOLE_DATABASE
@@ -108,8 +118,55 @@ class Desk:
                 return Answer("SET", notices=[("SET ignored", "")])
             case Verb.BEGIN | Verb.COMMIT | Verb.ROLLBACK:
                 return Answer(command.verb)  # for drivers that cannot do without
-            case _:
+            case Verb.SUSPEND:
                 raise commands.refuse(command.verb)
+            case Verb.KILL_CLIENT:
+                self._kill_client(int(command.argument))
+            case Verb.SHUTDOWN:
+                self._control.shut_down(_STOPS[command.argument])
+            case Verb.RELOAD:
+                raise commands.refuse(command.verb)
+            case _:
+                await self._steer(command.verb, self._control.meant(command.argument))
+        return Answer(command.verb)
+
+    async def _steer(self, verb: Verb, pools: Sequence[str]) -> None:
+        """The commands that are about pools."""
+        control = self._control
+        match verb:
+            case Verb.PAUSE:
+                await self._pause(pools)
+            case Verb.RESUME:
+                if not control.resume(pools):
+                    raise SidecarError(f"{_listed(pools)} not paused", sqlstate="55000")
+            case Verb.RECONNECT:
+                control.reconnect(pools)
+            case Verb.WAIT_CLOSE:
+                await _until(lambda: not control.has_replaced(pools))
+            case Verb.KILL:
+                control.kill(pools)
+            case Verb.DISABLE | Verb.ENABLE:
+                control.set_enabled(pools, verb is Verb.ENABLE)
+
+    async def _pause(self, pools: Sequence[str]) -> None:
+        """Returns when no connection is left. Who interrupts it has paused nothing."""
+        fresh = self._control.pause(pools)
+        try:
+            await _until(lambda: not self._control.has_connections(pools))
+        except BaseException:
+            self._control.resume(fresh)
+            raise
+
+    def _kill_client(self, id: int) -> None:
+        if self._control.kill_client(id):
+            return
+        for session in self._sessions:
+            if session.id == id:
+                session.end("terminating connection due to administrator command")
+                return
+        raise SidecarError(
+            f"there is no client {id}", hint="SHOW CLIENTS has their ids.", sqlstate="42704"
+        )
 
     def _show(self, command: Command) -> Answer:
         what = command.argument
@@ -142,6 +199,16 @@ class Desk:
         )
 
 
+async def _until(condition: Callable[[], bool]) -> None:
+    """As long as it takes: who waits may interrupt it."""
+    while not condition():  # noqa: ASYNC110  rare; an event would need a hook in the hot path
+        await asyncio.sleep(_POLL)
+
+
+def _listed(pools: Sequence[str]) -> str:
+    return f"pool {pools[0]} is" if len(pools) == 1 else f"pools {', '.join(pools)} are"
+
+
 def _snapshot(session: ConsoleSession, now: float) -> ClientSnapshot:
     transport = session.transport
     address, port = _address(transport.get_extra_info("peername"))
@@ -150,6 +217,7 @@ def _snapshot(session: ConsoleSession, now: float) -> ClientSnapshot:
     return ClientSnapshot(
         id=session.id,
         pool=CONSOLE_DATABASE,
+        pool_key=0,
         user=session.user,
         database=session.database,
         application=session.application,

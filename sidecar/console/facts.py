@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from sidecar.config import Config, PoolConfig
-from sidecar.events import ClientSnapshot, PoolSnapshot, ServerSnapshot
+from sidecar.events import ClientSnapshot, PoolSnapshot, ServerSnapshot, Stop
 
 PERIOD: Final = 60.0
 """Seconds over which averages are taken (PgBouncer's ``stats_period``)."""
@@ -74,13 +74,45 @@ class Control(Protocol):
     @property
     def pg_address(self) -> tuple[str, int]: ...
 
-    def pools(self) -> list[PoolFacts]: ...
+    def pools(self) -> list[PoolFacts]:
+        """One for each entry of the configuration."""
+
+    def live_pools(self) -> list[tuple[int, str, PoolSnapshot]]:
+        """One for each database and user: its key, the name that clients use, its state."""
 
     def clients(self) -> Iterator[ClientSnapshot]: ...
 
     def servers(self) -> Iterator[ServerSnapshot]: ...
 
     def logins(self) -> int: ...
+
+    def meant(self, database: str) -> list[str]:
+        """The names of the pools meant by it; of all by an empty one. Raises SidecarError."""
+
+    def pause(self, pools: Sequence[str]) -> list[str]:
+        """Take no connection from anybody, and give none. Returns those that were not paused."""
+
+    def resume(self, pools: Sequence[str]) -> list[str]:
+        """Returns those that were paused."""
+
+    def has_connections(self, pools: Sequence[str]) -> bool: ...
+
+    def reconnect(self, pools: Sequence[str]) -> None:
+        """Replace all connections, each as soon as it is released."""
+
+    def has_replaced(self, pools: Sequence[str]) -> bool:
+        """Whether some of those are still there."""
+
+    def kill(self, pools: Sequence[str]) -> None:
+        """Pause, and drop all clients and connections at once."""
+
+    def kill_client(self, id: int) -> bool:
+        """False if there is none."""
+
+    def set_enabled(self, pools: Sequence[str], enabled: bool) -> None:
+        """Whether new clients may log in."""
+
+    def shut_down(self, stop: Stop) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

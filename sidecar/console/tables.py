@@ -33,17 +33,16 @@ class Show:
 
 
 def _pools(view: View) -> Iterator[Row]:
-    clients = Counter(client.pool for client in view.control.clients())
-    servers: dict[str, list[ServerSnapshot]] = {}
+    clients = Counter(client.pool_key for client in view.control.clients())
+    servers: dict[int, list[ServerSnapshot]] = {}
     for server in view.control.servers():
-        servers.setdefault(server.pool, []).append(server)
-    for facts in view.control.pools():
-        pool = facts.snapshot
-        mine = servers.get(pool.name, [])
+        servers.setdefault(server.pool_key, []).append(server)
+    for key, name, pool in view.control.live_pools():
+        mine = servers.get(key, [])
         states = Counter(server.state for server in mine)
         cancels = sum(server.cancels for server in mine)
         yield (
-            *(pool.name, pool.user, clients[pool.name] - pool.pending, pool.pending),
+            *(name, pool.user, clients[key] - pool.pending, pool.pending),
             *(cancels, 0),
             *(states["active"], cancels, states["being_canceled"]),
             *(states["idle"], 0, states["tested"], states["new"]),
@@ -225,11 +224,11 @@ def _together(view: View, pools: list[PoolFacts]) -> tuple[Totals, float]:
 
 
 def _lists(view: View) -> Iterator[Row]:
-    pools = len(view.control.pools())
+    pools = len(view.control.live_pools())
     clients = sum(1 for _ in view.control.clients()) + len(view.guests)
     servers = sum(1 for _ in view.control.servers())
     counts = {
-        "databases": pools + 1,
+        "databases": len(view.control.pools()) + 1,
         "users": sum(1 for _ in _users(view)),
         "peers": 0,
         "pools": pools + 1,
@@ -252,7 +251,7 @@ def _memory(view: View) -> Iterator[Row]:
     yield ("process", view.memory, 1, 0, view.memory)
     counts = {
         "user_cache": sum(1 for _ in _users(view)),
-        "pool_cache": len(view.control.pools()),
+        "pool_cache": len(view.control.live_pools()),
         "server_cache": sum(1 for _ in view.control.servers()),
         "client_cache": sum(1 for _ in view.control.clients()) + len(view.guests),
     }

@@ -51,6 +51,7 @@ class Opener:
     ) -> None:
         self.is_up = False
         self.is_closed = False
+        self.is_paused = False  # nothing is opened
         self.last_failure: BaseException | None = None
         self.parameters: dict[bytes, bytes] = {}
         """ParameterStatus of the first connection: what a client is told at its login."""
@@ -76,7 +77,7 @@ class Opener:
         """How many connections should be opened now: all that are missing, or one at a time while
         the server refuses or is lost."""
         state = self._state
-        if self.is_closed:
+        if self.is_closed or self.is_paused:
             return 0
         is_trying = bool(state.by_state[ConnectionState.CONNECTING])
         missing = state.missing()
@@ -105,6 +106,8 @@ class Opener:
     def ensure_one(self, now: float) -> None:
         """Open a connection if there is none at all: for a ping, which needs one even where
         ``min_idle`` is 0."""
+        if self.is_paused:
+            return
         if not self._state.size and not self.is_closed and now >= self._backoff.not_before:
             self.open_one()
 
@@ -208,8 +211,9 @@ class Opener:
         self.end_logins(None)
         server.opened_at = now
         server.status_since = now
-        lifetime = self._config.max_lifetime
-        server.age_limit = now + lifetime * self._rng.uniform(1.0 - LIFETIME_JITTER, 1.0)
+        if server.age_limit >= 0.0:  # else it is to be replaced already
+            lifetime = self._config.max_lifetime
+            server.age_limit = now + lifetime * self._rng.uniform(1.0 - LIFETIME_JITTER, 1.0)
         self._observer.connection_opened(reason, now - started)
         if reason is ConnectReason.RECONNECT:
             self.owed = max(0, self.owed - 1)
@@ -265,8 +269,13 @@ class Opener:
                 else:
                     known.set_exception(error)
 
-    def unavailable(self) -> ServerUnavailable:
-        """The error for who waited while there was no connection at all."""
+    def unavailable(self) -> SidecarError:
+        """The error for who waited while there was no connection at all, or none to be had."""
+        if self.is_paused:
+            return AcquireTimeout(
+                f"no connection from pool {self._config.name!r}: it is paused",
+                hint="An administrator has paused it; RESUME at the console lets it go on.",
+            )
         cause = f": {self.why_down()}" if self.last_failure is not None else ""
         return ServerUnavailable(
             f"pool {self._config.name!r} cannot reach PostgreSQL at "

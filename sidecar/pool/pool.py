@@ -172,8 +172,7 @@ class Pool:
         """A fit connection goes to the next waiter or becomes idle."""
         state = self.state
         if now >= server.age_limit or self.is_closing:
-            reason = CloseReason.SHUTDOWN if self.is_closing else CloseReason.MAX_LIFETIME
-            self._close(server, reason, now)
+            self._close(server, CloseReason.SHUTDOWN if self.is_closing else server.why_over(), now)
             return
         waiter = state.next_waiter()
         if waiter is None:
@@ -337,7 +336,7 @@ class Pool:
     def tick(self, now: float) -> None:
         """Sweep every deadline; called every 100 ms."""
         self._time_out_waiters(now)
-        self._sweep_connections(now)
+        self.sweep(now)
         self._note_slow_queries(now)
         if now >= self._next_ping and not self.is_closing:
             self._ping_all(now)
@@ -356,7 +355,8 @@ class Pool:
     def _time_out(self, waiter: Waiter, now: float, waiting: int, holders: str) -> None:
         waited = now - waiter.waiting_since
         error: SidecarError
-        if self.state.established or self._is_crowded_out():
+        is_served = self.state.established or self._is_crowded_out()
+        if is_served and not self.opener.is_paused:
             error = report.waited_in_vain(self.config, waited, waiting, holders)
         else:
             error = self.opener.unavailable()
@@ -383,7 +383,8 @@ class Pool:
             self.budget.remove(server)
         return self.state.remove(server)
 
-    def _sweep_connections(self, now: float) -> None:
+    def sweep(self, now: float) -> None:
+        """Close what is over."""
         for server in list(self.state.by_state[ConnectionState.CLOSING]):
             if now >= server.deadline:
                 server.abort()
@@ -396,7 +397,7 @@ class Pool:
         surplus = self.state.surplus()
         for server in list(self.state.idle):  # longest unused first
             if now >= server.age_limit:
-                self._close(server, CloseReason.MAX_LIFETIME, now)
+                self._close(server, server.why_over(), now)
                 surplus -= 1
             elif surplus > 0 and now - server.status_since >= self.config.idle_timeout:
                 self._close(server, CloseReason.IDLE_TIMEOUT, now)

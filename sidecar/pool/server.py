@@ -31,6 +31,13 @@ _MAX_PARAMETERS = 200  # PostgreSQL 18 reports 16
 _ids: Final = count(1)
 
 
+REPLACED: Final = -1.0
+KILLED: Final = -2.0
+"""Each as an ``age_limit``: somebody wants this connection closed, as soon as it is released."""
+
+_WHY_OVER: Final = {REPLACED: CloseReason.RECONNECT, KILLED: CloseReason.KILLED}
+
+
 class Receiver(Protocol):
     """Who gets what the server sends: a client's relay, or a check."""
 
@@ -224,6 +231,10 @@ class ServerConnection:
         self.effects = self.asked = 0
         self.custom_settings = frozenset()
         self.pin = None
+
+    def why_over(self) -> CloseReason:
+        """The reason to close it, if it is past its ``age_limit``."""
+        return _WHY_OVER.get(self.age_limit, CloseReason.MAX_LIFETIME)
 
     def abort(self) -> None:
         """Close the socket without further ado; ``owner.lost`` follows."""

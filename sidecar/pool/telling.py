@@ -40,6 +40,7 @@ def _server(pool: Pool, server: ServerConnection) -> ServerSnapshot:
     return ServerSnapshot(
         id=server.id,
         pool=pool.name,
+        pool_key=id(pool),
         user=target.user,
         database=target.database,
         state=state,
@@ -56,7 +57,7 @@ def _server(pool: Pool, server: ServerConnection) -> ServerSnapshot:
         pid=server.pid,
         prepared_statements=len(server.prepared),
         cancels=server.cancels,
-        is_replaced=False,
+        is_replaced=server.age_limit < 0.0,
         pin=server.pin,
         pinned_at=server.pinned_at,
     )

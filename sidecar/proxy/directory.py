@@ -31,6 +31,8 @@ class Directory:
     def __init__(self, config: Config, observer: Observer, spawn: Spawn) -> None:
         self._fixed: Final[dict[str, PoolTables]] = {}
         self._templates: Final[dict[str, _Template]] = {}
+        self.paused: frozenset[str] = frozenset()
+        """Entries of the configuration that are paused, by name."""
         self._names: Final = list(config.pools)
         for name, each in config.pools.items():
             told = observer.pool(name), observer.pool_traffic(name)
@@ -57,7 +59,9 @@ class Directory:
     def enter(self, config: PoolConfig, login: Login, client: object) -> PoolTables:
         """The pool for this login; it stays at least until ``client`` leaves it."""
         if config.is_template:
-            return self._templates[config.name].enter(login, client)
+            tables = self._templates[config.name].enter(login, client)
+            tables.pool.opener.is_paused = config.name in self.paused
+            return tables
         tables = self._fixed[config.name]
         tables.clients.add(client)
         return tables

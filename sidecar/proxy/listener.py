@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sidecar.config import Config, PoolConfig, remarks
-from sidecar.errors import ConfigError, PoolClosed, PoolSaturated
+from sidecar.errors import ConfigError, PoolClosed, PoolSaturated, SidecarError
 from sidecar.events import ClientOutcome, ClientSnapshot, Listener, Observer
 from sidecar.pool.opening import Spawn
 from sidecar.pool.server import clock
@@ -70,6 +70,8 @@ class PgListener:
         if config.listen.tls_cert_file is not None and config.listen.tls_mode != "disable":
             self._certificates = Certificates(config.listen)
         self.is_draining = False
+        self.disabled: frozenset[str] = frozenset()
+        """Pools that take no new clients, by name."""
         self.authenticator: Final = Authenticator(config)
         self.traffic: Final = observer.traffic
         self.login_timeout: Final = config.listen.login_timeout
@@ -128,12 +130,17 @@ class PgListener:
         await session.run()
 
     def stop_accepting(self) -> None:
-        """Close the listening sockets and let every client go as soon as it has no lease."""
+        """Close the listening sockets, and let in nobody who is in login now."""
+        if self.is_draining:
+            return
         self.is_draining = True
         for server in self._servers:
             server.close()
         if self._socket_path is not None:
             self._socket_path.unlink(missing_ok=True)
+
+    def send_away(self) -> None:
+        """Let every client go as soon as it has no lease."""
         for relay in list(self._relays):
             relay.shut_down()
 
@@ -181,6 +188,14 @@ class PgListener:
                 "sorry, too many clients already",
                 detail=f"{limit} clients are connected to the pool.",
                 hint="The limit is listen.max_clients.",
+            )
+
+    def check_enabled(self, pool: str) -> None:
+        if pool in self.disabled:
+            raise SidecarError(
+                f'database "{pool}" is not currently accepting connections',
+                hint="An administrator has disabled it.",
+                sqlstate="55000",
             )
 
     def admit_guest(self) -> None:

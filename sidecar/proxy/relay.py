@@ -40,6 +40,7 @@ log = logging.getLogger("pgsidecar.proxy")
 HELD_BACK: Final = 64 * 1024
 """Bytes of a waiting client that are kept before its socket is not read any more."""
 
+_KILLED: Final = "terminating connection due to administrator command"
 _SHUTTING_DOWN: Final = "terminating connection because the connection pool shuts down"
 
 _SAMPLED: Final = 64
@@ -677,6 +678,15 @@ class Relay:
         """Tell the client that the sidecar goes, and close."""
         self._fail(SidecarError(text, sqlstate="57P01"), is_error=False)
 
+    def kill(self) -> None:
+        """An administrator ends it, whatever it does, and its server connection."""
+        self.end(_KILLED)
+        server = self.server
+        if server is not None:
+            self._leave(server, CloseReason.KILLED, clock())
+        if self._is_write_paused:
+            self.transport.abort()  # it does not read: it would stay for ever
+
     def close(self) -> None:
         """Close the client's socket; ``connection_lost`` does the rest."""
         if not self.is_closed and self.transport is not None:
@@ -712,8 +722,8 @@ class Relay:
         self.close()
 
     @property
-    def pool_name(self) -> str:
-        return self._pool.name
+    def pool(self) -> Pool:
+        return self._pool
 
     def application(self) -> str:
         name = self._carrier.settings.values.get(b"application_name", b"")

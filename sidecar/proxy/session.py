@@ -68,6 +68,9 @@ class Host(Protocol):
     def admit(self) -> None:
         """Raises PoolSaturated or PoolClosed if no further client is allowed."""
 
+    def check_enabled(self, pool: str) -> None:
+        """Raises SidecarError if this pool takes no new clients."""
+
     def admit_guest(self) -> None:
         """The same for a client of the console."""
 
@@ -200,6 +203,7 @@ class Session:
         if pool is None:
             assert no_pool is not None
             raise no_pool
+        self._host.check_enabled(pool.name)
         self._host.admit()
         tables = self._host.enter(pool, login, self)
         try:

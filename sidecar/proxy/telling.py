@@ -23,10 +23,11 @@ def _client(relay: Relay) -> ClientSnapshot:
     if server is not None:
         asked_at = max(server.leased_at, server.query_started)
     else:
-        asked_at = relay.waiting_since
+        asked_at = relay.waiting_since if relay.is_waiting else relay.idle_since
     return ClientSnapshot(
         id=relay.id,
-        pool=relay.pool_name,
+        pool=relay.pool.name,
+        pool_key=id(relay.pool),
         user=relay.client.user,
         database=relay.client.database,
         application=relay.application(),
