@@ -207,9 +207,10 @@ def test_client_that_does_not_read_its_rows_is_closed(
     """The backend cannot hear a cancel request while it cannot write. Afterwards nobody is there."""
     monkeypatch.setattr(limits, "GRACE", 0.3)
     monkeypatch.setattr(sweeper, "LAST_WORDS", 0.3)
-    with sidecar_with(postgres, mode=mode, query_timeout="400ms") as sidecar:
+    # time enough to begin the row: before that, the server would listen
+    with sidecar_with(postgres, mode=mode, query_timeout="1500ms") as sidecar:
         client = sidecar.login()
-        client.send(query("SELECT repeat('x', 1000) FROM generate_series(1, 1000000)"))
+        client.send(query("SELECT repeat(repeat('x', 100000), 200)"))
         sidecar.until_whole()
         assert timeouts(sidecar) == {"query": 1}
         assert closed(sidecar) == {"query_timeout": 1}
