@@ -33,6 +33,7 @@ class Finding:
     hint: str = ""
     version: str = ""
     took: float = 0.0  # seconds to connect
+    encryption: str = ""  # the version of TLS; empty: none
     limit: int = 0  # connections that ordinary users can have, in all
     note: str = ""  # of a template: what was not found out
 
@@ -93,9 +94,10 @@ async def _try(pool: PoolConfig) -> Finding:
     server = ServerConnection(_Owner(), target, Traffic())
     began = clock()
     try:
-        async with asyncio.timeout_at(began + pool.connect_timeout):
-            await server.open()
-            took = clock() - began
+        deadline = began + pool.connect_timeout
+        await server.open(deadline)
+        took = clock() - began
+        async with asyncio.timeout_at(deadline):
             answer = _FirstValue()
             server.receiver = answer
             server.write(_LIMITS)
@@ -108,7 +110,9 @@ async def _try(pool: PoolConfig) -> Finding:
     finally:
         server.abort()
     version = server.parameters.get(b"server_version", b"?").decode()
-    return Finding(pool, version=version, took=took, limit=int(limit or 0))
+    return Finding(
+        pool, version=version, took=took, encryption=server.tls_version, limit=int(limit or 0)
+    )
 
 
 def _note(exc: Exception, target: ServerTarget) -> str:
@@ -153,7 +157,8 @@ def _describe(finding: Finding) -> Iterator[str]:
     if finding.note:
         yield f"      PostgreSQL: {finding.note}"
     elif finding.is_ok:
-        yield f"      PostgreSQL {finding.version}, connected in {finding.took * 1000:.1f} ms"
+        how = finding.encryption or "without TLS"
+        yield f"      PostgreSQL {finding.version}, connected in {finding.took * 1000:.1f} ms, {how}"
     else:
         yield f"      {finding.problem}"
     if finding.hint:

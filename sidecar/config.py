@@ -39,11 +39,11 @@ from sidecar.config_values import (
     user_names,
     whole,
 )
-from sidecar.dsn import ServerTarget as ServerTarget  # the type of PoolConfig.target
 from sidecar.dsn import parse_dsn
 from sidecar.errors import SidecarError
 from sidecar.events import PinPolicy, PoolMode, ResetPolicy
 from sidecar.hba import Rule, odd_rules, parse_rules
+from sidecar.target import ServerTarget as ServerTarget  # the type of PoolConfig.target
 
 
 def _is_given(dsn: SecretStr) -> bool:

@@ -1,13 +1,14 @@
 """Connection strings: what libpq accepts, as a ``ServerTarget``.
 
 Owns which keys of a connection string this version honours, ignores or refuses. Pure: libpq only
-parses here; neither the environment nor a service file nor a password file is read.
+parses here; neither the environment nor a service file, a password file or ``~/.postgresql`` is read.
 """
 
+import base64
 import difflib
+import ipaddress
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import lru_cache
 
 import psycopg
@@ -15,43 +16,40 @@ from psycopg.conninfo import conninfo_to_dict
 from pydantic import SecretStr
 
 from sidecar.protocol.authentication import ScramKeys
+from sidecar.target import Host, ServerTarget, SessionAttrs, SslMode, TlsPolicy
 
+_MOST_HOSTS = 100
 
-@dataclass(frozen=True, slots=True)
-class ServerTarget:
-    """Where and as whom a pool connects. Of a template, ``database`` and ``user`` may be empty."""
-
-    host: str
-    """A name or an address; a path (it starts with ``/``) is the directory of a Unix socket."""
-    port: int
-    database: str
-    user: str
-    password: SecretStr | None = None
-    parameters: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """Startup parameters to send: ``application_name``, ``client_encoding``, ``options``."""
-    scram_keys: ScramKeys | None = None
-    """In place of a password, where the server asks for SCRAM."""
-
-    def describe(self) -> str:
-        """``host:port`` or the path of the socket; no secrets."""
-        if self.host.startswith("/"):
-            return f"{self.host}/.s.PGSQL.{self.port}"
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-_USED = ("host", "hostaddr", "port", "dbname", "user", "password")
-_PARAMETERS = ("application_name", "client_encoding", "options")
-_NO_TLS = "TLS to the server is not available in this version"
-_ONE_SERVER = "a pool has one server"
-_HARMLESS = {
-    "sslmode": (("disable", "allow", "prefer"), _NO_TLS),
-    "channel_binding": (("disable", "prefer"), _NO_TLS),
-    "sslnegotiation": (("postgres",), _NO_TLS),
-    "gssencmode": (("disable", "prefer"), "GSSAPI is not available in this version"),
-    "target_session_attrs": (("any",), _ONE_SERVER),
-    "load_balance_hosts": (("disable",), _ONE_SERVER),
+_TEXTS = (
+    *("host", "hostaddr", "port", "dbname", "user", "password", "require_auth"),
+    *("application_name", "fallback_application_name", "client_encoding", "options"),
+    *("sslrootcert", "sslcert", "sslkey", "sslpassword", "sslcrl"),
+    *("scram_client_key", "scram_server_key"),
+)
+_NUMBERS = (
+    *("keepalives_idle", "keepalives_interval", "keepalives_count"),
+    "tcp_user_timeout",
+)
+_SWITCH = ("0", "1")
+_TLS_VERSIONS = ("TLSv1.2", "TLSv1.3")
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "sslmode": tuple(SslMode),
+    "sslnegotiation": ("postgres", "direct"),
+    "sslsni": _SWITCH,
+    "ssl_min_protocol_version": _TLS_VERSIONS,
+    "ssl_max_protocol_version": _TLS_VERSIONS,
+    "channel_binding": ("disable", "prefer", "require"),
+    "target_session_attrs": tuple(SessionAttrs),
+    "load_balance_hosts": ("disable", "random"),
+    "keepalives": _SWITCH,
+    # harmless with these values
+    "gssencmode": ("disable", "prefer"),
+    "sslcertmode": ("disable", "allow"),
+    "sslcompression": _SWITCH,
+    "min_protocol_version": ("3.0",),
+    "max_protocol_version": ("3.0", "3.2", "latest"),
 }
-"""Keys that ask for nothing with these values, and why other values are refused."""
+_METHODS = ("password", "md5", "gss", "sspi", "scram-sha-256", "oauth", "none")
 
 
 @lru_cache(maxsize=64)
@@ -67,37 +65,179 @@ def parse_dsn(dsn: str, *, is_template: bool = False) -> ServerTarget:
     except (psycopg.Error, UnicodeError) as exc:
         raise ValueError(_in_own_words(str(exc))) from None  # the original quotes the string
     given = {key: str(value) for key, value in parsed.items() if value}
-    host = given.get("hostaddr") or given.get("host") or "localhost"
-    port = given.get("port", "5432")
-    user = given.get("user", "")
     problems = [problem for key, value in given.items() if (problem := _refusal(key, value))]
-    if "," in host or "," in port:
-        problems.append(f"it names several hosts, {_ONE_SERVER}")
-    elif not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= 65535:
-        problems.append("its port is not a number from 1 to 65535")
+    hosts = _hosts(given, problems)
+    tls = _tls(given, problems)
+    methods = _methods(given.get("require_auth", ""), problems)
+    scram_keys = _scram_keys(given, problems)
+    user = given.get("user", "")
     if not user and not is_template:
         problems.append("it names no user")
     if not user and "password" in given:
         problems.append("it has a password and no user")
     if problems:
         raise ValueError(f"cannot be used: {'; '.join(problems)}")
-    parameters = {key: given[key] for key in _PARAMETERS if key in given}
+    names = ("application_name", "client_encoding", "options")
+    parameters = {key: given[key] for key in names if key in given}
     if "fallback_application_name" in given:
         parameters.setdefault("application_name", given["fallback_application_name"])
-    password = SecretStr(given["password"]) if "password" in given else None
-    database = given.get("dbname", "" if is_template else user)
-    return ServerTarget(host, int(port), database, user, password, parameters)
+    return ServerTarget(
+        hosts,
+        given.get("dbname", "" if is_template else user),
+        user,
+        _secret(given, "password"),
+        parameters,
+        scram_keys=scram_keys,
+        tls=tls,
+        channel_binding=given.get("channel_binding", "prefer"),
+        methods=methods,
+        session_attrs=SessionAttrs(given.get("target_session_attrs", "any")),
+        is_balanced=given.get("load_balance_hosts") == "random",
+        socket_options={key: int(given[key]) for key in ("keepalives", *_NUMBERS) if key in given},
+    )
+
+
+def _secret(given: Mapping[str, str], key: str) -> SecretStr | None:
+    return SecretStr(given[key]) if key in given else None
+
+
+# -- what is honoured, and what is not -------------------------------------------------------------
 
 
 def _refusal(key: str, value: str) -> str | None:
-    if key in (*_USED, *_PARAMETERS, "fallback_application_name"):
+    if key in _TEXTS:
         return None
-    if key in _HARMLESS:
-        values, reason = _HARMLESS[key]
-        return None if value in values else f"{reason}; allowed for {key}: {', '.join(values)}"
+    if key in _CHOICES:
+        choices = _CHOICES[key]
+        return None if _chosen(choices, value) else f"allowed for {key}: {', '.join(choices)}"
+    if key in _NUMBERS:
+        return None if re.fullmatch("[0-9]{1,9}", value) else f"{key} is not a whole number"
     if key == "connect_timeout":
         return "connect_timeout belongs to the pool's options, not into the dsn"
     return f"{key} is not available in this version, leave it out"
+
+
+def _chosen(choices: tuple[str, ...], value: str) -> str | None:
+    """The choice; versions of TLS may be written in any case, as for libpq."""
+    same = str.lower if choices is _TLS_VERSIONS else str
+    return next((choice for choice in choices if same(choice) == same(value)), None)
+
+
+# -- hosts -----------------------------------------------------------------------------------------
+
+
+def _hosts(given: Mapping[str, str], problems: list[str]) -> tuple[Host, ...]:
+    """The hosts, by position in ``host``, ``hostaddr`` and ``port`` (34.1.1.3)."""
+    names, addresses = given.get("host", "").split(","), given.get("hostaddr", "").split(",")
+    ports = given.get("port", "").split(",")
+    if "hostaddr" not in given:
+        addresses = [""] * len(names)
+    elif "host" not in given:
+        names = [""] * len(addresses)
+    if len(ports) == 1:
+        ports *= len(names)
+    if not len(names) == len(addresses) == len(ports):
+        problems.append(
+            f"it has {len(names)} hosts, {len(addresses)} addresses and {len(ports)} ports;"
+            " allowed: as many of each, or one port for all"
+        )
+        return ()
+    if len(names) > _MOST_HOSTS:
+        problems.append(f"it names {len(names)} hosts; allowed: at most {_MOST_HOSTS}")
+    if not all(
+        re.fullmatch("[0-9]{0,5}", port) and 1 <= int(port or 5432) <= 65535 for port in ports
+    ):
+        problems.append("its port is not a number from 1 to 65535")
+        return ()
+    if not all(map(_is_address, filter(None, addresses))):
+        problems.append("its hostaddr is not an IP address; allowed for a name: host")
+    return tuple(
+        Host(name or address or "localhost", int(port or 5432), address)
+        for name, address, port in zip(names, addresses, ports, strict=True)
+    )
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+# -- TLS -------------------------------------------------------------------------------------------
+
+_WEAK = (SslMode.DISABLE, SslMode.ALLOW, SslMode.PREFER)
+_VERIFYING = (SslMode.VERIFY_CA, SslMode.VERIFY_FULL)
+
+
+def _tls(given: Mapping[str, str], problems: list[str]) -> TlsPolicy:
+    root = given.get("sslrootcert", "")
+    default = SslMode.VERIFY_FULL if root == "system" else SslMode.PREFER
+    word = given.get("sslmode", default)
+    mode = SslMode(word) if word in _CHOICES["sslmode"] else default
+    is_direct = given.get("sslnegotiation") == "direct"
+    names_server = given.get("sslsni") != "0"
+    sends_certificate = "sslcert" in given and given.get("sslcertmode") != "disable"
+    oldest = _chosen(_TLS_VERSIONS, given.get("ssl_min_protocol_version", "")) or _TLS_VERSIONS[0]
+    newest = _chosen(_TLS_VERSIONS, given.get("ssl_max_protocol_version", "")) or ""
+    if root == "system" and mode is not SslMode.VERIFY_FULL:
+        problems.append("sslrootcert=system is for sslmode verify-full only: anyone can have such")
+    if mode in _VERIFYING and not root:
+        problems.append(f"sslmode {mode} needs sslrootcert, a file or system")
+    if mode is SslMode.VERIFY_FULL and not names_server:
+        problems.append("sslsni=0 is not available with sslmode verify-full")
+    if is_direct and mode in _WEAK:
+        problems.append("sslnegotiation=direct is for sslmode require, verify-ca or verify-full")
+    if ("sslcert" in given) != ("sslkey" in given):
+        problems.append("sslcert and sslkey belong together, one is missing")
+    if newest and oldest > newest:
+        problems.append("ssl_min_protocol_version is more than ssl_max_protocol_version")
+    return TlsPolicy(
+        mode,
+        root,
+        given.get("sslcert", "") if sends_certificate else "",
+        given.get("sslkey", "") if sends_certificate else "",
+        _secret(given, "sslpassword"),
+        given.get("sslcrl", ""),
+        oldest,
+        newest,
+        names_server,
+        is_direct,
+    )
+
+
+# -- authentication --------------------------------------------------------------------------------
+
+
+def _methods(text: str, problems: list[str]) -> frozenset[str] | None:
+    """``require_auth``: all that are named, or all but those named with a ``!``."""
+    if not text:
+        return None
+    words = [word.strip() for word in text.split(",")]
+    negative = {word[1:] for word in words if word.startswith("!")}
+    positive = {word for word in words if not word.startswith("!")}
+    if (negative and positive) or not negative | positive <= set(_METHODS):
+        problems.append(
+            f"allowed for require_auth: {', '.join(_METHODS)}; with a ! before each or none"
+        )
+    return frozenset(positive or set(_METHODS) - negative)
+
+
+def _scram_keys(given: Mapping[str, str], problems: list[str]) -> ScramKeys | None:
+    keys = [given[key] for key in ("scram_client_key", "scram_server_key") if key in given]
+    if not keys:
+        return None
+    try:
+        client_key, server_key = (base64.b64decode(key, validate=True) for key in keys)
+    except ValueError:
+        client_key = server_key = b""
+    if len(client_key) != 32 or len(server_key) != 32:
+        problems.append("scram_client_key and scram_server_key are not both 32 bytes in base64")
+    return ScramKeys(client_key, server_key)
+
+
+# -- words -----------------------------------------------------------------------------------------
 
 
 def _in_own_words(problem: str) -> str:

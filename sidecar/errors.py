@@ -84,6 +84,14 @@ class ServerUnavailable(SidecarError):
     retryable = True
 
 
+class TlsFailed(ServerUnavailable):
+    """There is no TLS with the server, though it has to be, or not as it has to be."""
+
+
+class WrongRole(ServerUnavailable):
+    """The server lets us in, but is not what ``target_session_attrs`` asks for."""
+
+
 class ServerConnectionLost(SidecarError):
     """A server connection ended while a client used it."""
 

@@ -104,6 +104,7 @@ class ErrorReason(StrEnum):
     STARTING_UP = "starting_up"  # SQLSTATE 57P03
     ADMIN_SHUTDOWN = "admin_shutdown"  # SQLSTATE 57P01, 57P02
     SERVER_ERROR = "server_error"  # any other SQLSTATE
+    ROLE = "role"  # not what target_session_attrs asks for
     PROTOCOL = "protocol"  # bytes that are not the PostgreSQL protocol
     REJECTED = "rejected"  # queue full or draining
 
@@ -117,6 +118,7 @@ _LOGIN_REASONS = (
     ErrorReason.STARTING_UP,
     ErrorReason.ADMIN_SHUTDOWN,
     ErrorReason.SERVER_ERROR,
+    ErrorReason.ROLE,
     ErrorReason.PROTOCOL,
 )
 

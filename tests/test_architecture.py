@@ -27,14 +27,15 @@ ROOMS = {
     "events": "",
     "logs": "",
     "config_text": "",
-    "dsn": "protocol",
+    "dsn": "target protocol",
+    "target": "protocol",
     "sql": "events",
     "config_values": "",
     "hba": "",
-    "config": "config_values hba dsn events errors",
+    "config": "config_values hba target dsn events errors",
     "config_file": "config config_values config_text errors",
     "protocol": "errors",
-    "pool": "protocol config events errors",
+    "pool": "protocol config target events errors",
     "proxy": "pool protocol sql config hba events errors",
     "observe": "events",
     "api": "observe config events",
@@ -49,7 +50,17 @@ ROOMS = {
 """The folders and modules of ``sidecar``, and what each may import. All may import the version."""
 
 PURE = (
-    *("errors", "events", "sql", "config_text", "config_values", "dsn", "hba", "protocol.*"),
+    *(
+        "errors",
+        "events",
+        "sql",
+        "config_text",
+        "config_values",
+        "dsn",
+        "target",
+        "hba",
+        "protocol.*",
+    ),
     *("pool.state", "pool.budget", "proxy.expect", "proxy.prepared", "proxy.settings"),
     *("proxy.requests", "proxy.replies", "proxy.unleased", "proxy.limits"),
     *(
@@ -75,7 +86,7 @@ LIBRARIES = {
     "prometheus_client": "observe.metrics service",  # the service makes the registry
     "psycopg": "dsn demo.workload",  # connection strings; the demo's clients
     # its type for secrets
-    "pydantic": "config config_values config_file dsn proxy.login proxy.credentials"
+    "pydantic": "config config_values config_file dsn target proxy.login proxy.credentials"
     " proxy.authenticate",
     "pydantic_core": "config_file",
     "scramp": "protocol.authentication",

@@ -1,5 +1,6 @@
 """What an operator may write, what it means, and what is said about what cannot be."""
 
+import base64
 import json
 import re
 import traceback
@@ -29,6 +30,8 @@ from sidecar.config_values import name_matches
 from sidecar.dsn import parse_dsn
 from sidecar.errors import ConfigError, SidecarError
 from sidecar.events import PoolMode
+from sidecar.protocol.authentication import ScramKeys
+from sidecar.target import Host, SessionAttrs, SslMode, TlsPolicy
 
 SHIPPED = Path(__file__).parent.parent / "config.yaml"
 DSN = "postgresql://app@db.example/app"
@@ -707,37 +710,53 @@ def test_override_below_what_is_not_a_section_leaves_the_problem_to_the_section(
 # Connection strings
 
 
+def server(
+    host: str,
+    port: int,
+    database: str,
+    user: str,
+    password: SecretStr | None = None,
+    parameters: dict[str, str] | None = None,
+) -> ServerTarget:
+    """A target with one host and nothing special."""
+    return ServerTarget((Host(host, port),), database, user, password, parameters or {})
+
+
+def tls(dsn: str) -> TlsPolicy:
+    return parse_dsn(f"user=u {dsn}").tls
+
+
 @pytest.mark.parametrize(
     ("dsn", "target"),
     [
-        ("postgresql://u@h/d", ServerTarget("h", 5432, "d", "u")),
-        ("postgres://u@h:5433", ServerTarget("h", 5433, "u", "u")),
-        ("postgresql://u:p%40%2F%3A@h/d", ServerTarget("h", 5432, "d", "u", SecretStr("p@/:"))),
-        ("postgresql://u@/d", ServerTarget("localhost", 5432, "d", "u")),
-        ("postgresql://u@[::1]:6000/d", ServerTarget("::1", 6000, "d", "u")),
-        ("postgresql://u@%2Frun%2Fpg/d", ServerTarget("/run/pg", 5432, "d", "u")),
-        ("postgresql:///d?host=/run/pg&user=u", ServerTarget("/run/pg", 5432, "d", "u")),
-        ("user=u", ServerTarget("localhost", 5432, "u", "u")),
-        ("  user=u host=h\n", ServerTarget("h", 5432, "u", "u")),
-        ("host=h hostaddr=10.0.0.1 user=u", ServerTarget("10.0.0.1", 5432, "u", "u")),
-        (r"user=u password='it\'s = so'", ServerTarget("localhost", 5432, "u", "u", SecretStr("it's = so"))),
-        ("user=u password='' dbname=''", ServerTarget("localhost", 5432, "u", "u")),
-        ("user=u sslmode=prefer gssencmode=disable channel_binding=prefer", ServerTarget("localhost", 5432, "u", "u")),
-        ("user=u target_session_attrs=any", ServerTarget("localhost", 5432, "u", "u")),
+        ("postgresql://u@h/d", server("h", 5432, "d", "u")),
+        ("postgres://u@h:5433", server("h", 5433, "u", "u")),
+        ("postgresql://u:p%40%2F%3A@h/d", server("h", 5432, "d", "u", SecretStr("p@/:"))),
+        ("postgresql://u@/d", server("localhost", 5432, "d", "u")),
+        ("postgresql://u@[::1]:6000/d", server("::1", 6000, "d", "u")),
+        ("postgresql://u@%2Frun%2Fpg/d", server("/run/pg", 5432, "d", "u")),
+        ("postgresql:///d?host=/run/pg&user=u", server("/run/pg", 5432, "d", "u")),
+        ("user=u", server("localhost", 5432, "u", "u")),
+        ("  user=u host=h\n", server("h", 5432, "u", "u")),
+        ("host=h hostaddr=10.0.0.1 user=u", ServerTarget((Host("h", 5432, "10.0.0.1"),), "u", "u")),
+        (r"user=u password='it\'s = so'", server("localhost", 5432, "u", "u", SecretStr("it's = so"))),
+        ("user=u password='' dbname=''", server("localhost", 5432, "u", "u")),
+        ("user=u sslmode=prefer gssencmode=disable channel_binding=prefer", server("localhost", 5432, "u", "u")),
+        ("user=u target_session_attrs=any", server("localhost", 5432, "u", "u")),
         (
             "postgresql://u@h/d?application_name=a&client_encoding=UTF8&options=-c%20work_mem%3D1MB",
-            ServerTarget(
+            server(
                 "h", 5432, "d", "u", None,
                 {"application_name": "a", "client_encoding": "UTF8", "options": "-c work_mem=1MB"},
             ),
         ),
         (
             "user=u fallback_application_name=f",
-            ServerTarget("localhost", 5432, "u", "u", None, {"application_name": "f"}),
+            server("localhost", 5432, "u", "u", None, {"application_name": "f"}),
         ),
         (
             "user=u fallback_application_name=f application_name=a",
-            ServerTarget("localhost", 5432, "u", "u", None, {"application_name": "a"}),
+            server("localhost", 5432, "u", "u", None, {"application_name": "a"}),
         ),
     ],
 )  # fmt: skip
@@ -749,19 +768,49 @@ def test_connection_string_means_what_libpq_takes_it_for(dsn: str, target: Serve
     ("dsn", "words"),
     [
         ("postgresql://h/d", "it names no user"),
-        ("postgresql://u@a,b/d", "it names several hosts, a pool has one server"),
-        ("user=u host=a port=1,2", "it names several hosts"),
+        ("user=u host=a port=1,2", "it has 1 hosts, 1 addresses and 2 ports"),
+        ("user=u host=a,b hostaddr=10.0.0.1", "it has 2 hosts, 1 addresses and 2 ports"),
+        ("user=u host=" + ",".join("x" * 101), "it names 101 hosts; allowed: at most 100"),
+        ("user=u hostaddr=db.example", "its hostaddr is not an IP address"),
+        ("user=u host=a,b port=1,x", "its port is not a number from 1 to 65535"),
         ("user=u port=abc", "its port is not a number from 1 to 65535"),
         ("user=u port=65536", "its port is not a number from 1 to 65535"),
         ("user=u port=0", "its port is not a number from 1 to 65535"),
         (
-            "user=u sslmode=require",
-            "TLS to the server is not available in this version;"
-            " allowed for sslmode: disable, allow, prefer",
+            "user=u sslmode=requir",
+            "allowed for sslmode: disable, allow, prefer, require, verify-ca, verify-full",
         ),
-        ("user=u sslmode=verify-full", "TLS to the server is not available"),
-        ("user=u channel_binding=require", "TLS to the server is not available"),
-        ("user=u target_session_attrs=read-write", "allowed for target_session_attrs: any"),
+        ("user=u sslmode=verify-full", "sslmode verify-full needs sslrootcert, a file or system"),
+        ("user=u sslmode=verify-ca", "sslmode verify-ca needs sslrootcert"),
+        (
+            "user=u sslmode=require sslrootcert=system",
+            "sslrootcert=system is for sslmode verify-full",
+        ),
+        (
+            "user=u sslrootcert=system sslsni=0",
+            "sslsni=0 is not available with sslmode verify-full",
+        ),
+        ("user=u sslnegotiation=direct", "sslnegotiation=direct is for sslmode require"),
+        ("user=u sslcert=/c", "sslcert and sslkey belong together"),
+        ("user=u sslkey=/k", "sslcert and sslkey belong together"),
+        (
+            "user=u ssl_min_protocol_version=TLSv1.1",
+            "allowed for ssl_min_protocol_version: TLSv1.2",
+        ),
+        (
+            "user=u ssl_min_protocol_version=TLSv1.3 ssl_max_protocol_version=TLSv1.2",
+            "ssl_min_protocol_version is more than ssl_max_protocol_version",
+        ),
+        ("user=u channel_binding=yes", "allowed for channel_binding: disable, prefer, require"),
+        ("user=u require_auth=scram", "allowed for require_auth: password, md5"),
+        ("user=u require_auth=md5,!password", "allowed for require_auth: password, md5"),
+        ("user=u scram_client_key=AAAA", "are not both 32 bytes in base64"),
+        ("user=u scram_client_key=AAAA scram_server_key=!", "are not both 32 bytes in base64"),
+        ("user=u target_session_attrs=master", "allowed for target_session_attrs: any, read-write"),
+        ("user=u load_balance_hosts=yes", "allowed for load_balance_hosts: disable, random"),
+        ("user=u keepalives_idle=x", "keepalives_idle is not a whole number"),
+        ("user=u gssencmode=require", "allowed for gssencmode: disable, prefer"),
+        ("user=u sslkeylogfile=/x", "sslkeylogfile is not available in this version, leave it out"),
         ("service=x user=u", "service is not available in this version, leave it out"),
         ("user=u passfile=/x", "passfile is not available in this version, leave it out"),
         ("user=u connect_timeout=3", "connect_timeout belongs to the pool's options"),
@@ -780,12 +829,96 @@ def test_connection_string_that_cannot_be_used_is_told_why(dsn: str, words: str)
 
 
 def test_all_problems_of_a_connection_string_are_told():
-    line = problem("pools: {main: {dsn: 'host=a,b sslmode=require'}}")
+    line = problem("pools: {main: {dsn: 'host=a port=1,2 sslmode=verify-ca'}}")
     assert line == (
-        "pools.main.dsn: *** cannot be used: TLS to the server is not available in this version;"
-        " allowed for sslmode: disable, allow, prefer; it names several hosts, a pool has one"
-        " server; it names no user"
+        "pools.main.dsn: *** cannot be used: it has 1 hosts, 1 addresses and 2 ports; allowed: as many"
+        " of each, or one port for all; sslmode verify-ca needs sslrootcert, a file or system;"
+        " it names no user"
     )
+
+
+@pytest.mark.parametrize(
+    ("dsn", "hosts"),
+    [
+        ("host=a,b", [("a", 5432, ""), ("b", 5432, "")]),
+        ("host=a,b port=1", [("a", 1, ""), ("b", 1, "")]),
+        ("host=a,b port=1,2", [("a", 1, ""), ("b", 2, "")]),
+        ("host=a,,/run port=1,,2", [("a", 1, ""), ("localhost", 5432, ""), ("/run", 2, "")]),
+        ("host=a,b hostaddr=10.0.0.1,", [("a", 5432, "10.0.0.1"), ("b", 5432, "")]),
+        ("hostaddr=10.0.0.1,::1", [("10.0.0.1", 5432, "10.0.0.1"), ("::1", 5432, "::1")]),
+    ],
+)
+def test_several_hosts_are_read_by_position(dsn: str, hosts: list[tuple[str, int, str]]):
+    assert parse_dsn(f"user=u {dsn}").hosts == tuple(Host(*each) for each in hosts)
+
+
+def test_several_hosts_of_a_url_are_read():
+    target = parse_dsn("postgresql://u@a:1,[::1]:2,c/d?target_session_attrs=read-write")
+    assert target.hosts == (Host("a", 1), Host("::1", 2), Host("c", 5432))
+    assert target.session_attrs is SessionAttrs.READ_WRITE
+    assert parse_dsn("user=u load_balance_hosts=random").is_balanced
+
+
+def test_options_of_tls_are_read():
+    files = "sslrootcert=/r sslcert=/c sslkey=/k sslpassword=p sslcrl=/l"
+    assert tls(f"sslmode=verify-full {files} sslnegotiation=direct") == TlsPolicy(
+        SslMode.VERIFY_FULL, "/r", "/c", "/k", SecretStr("p"), "/l", is_direct=True
+    )
+    assert tls("ssl_min_protocol_version=tlsv1.3 ssl_max_protocol_version=TLSv1.3") == TlsPolicy(
+        oldest="TLSv1.3", newest="TLSv1.3"
+    )
+    assert tls("sslsni=0") == TlsPolicy(names_server=False)
+    assert tls("sslcert=/c sslkey=/k sslcertmode=disable") == TlsPolicy()
+
+
+def test_certificates_of_the_system_are_for_full_checks():
+    """As in libpq: anybody can have one that a public CA has signed, for a name of its own."""
+    assert tls("sslrootcert=system").mode is SslMode.VERIFY_FULL
+
+
+@pytest.mark.parametrize(
+    ("mode", "attempts"),
+    [
+        ("", (True, False)),
+        ("sslmode=disable", (False,)),
+        ("sslmode=allow", (False, True)),
+        ("sslmode=prefer", (True, False)),
+        ("sslmode=require", (True,)),
+        ("sslmode=verify-ca sslrootcert=/r", (True,)),
+        ("sslmode=verify-full sslrootcert=/r", (True,)),
+    ],
+)
+def test_sslmode_says_what_is_tried_in_which_order(mode: str, attempts: tuple[bool, ...]):
+    assert tls(mode).attempts == attempts
+
+
+@pytest.mark.parametrize(
+    ("text", "methods"),
+    [
+        ("scram-sha-256", frozenset({"scram-sha-256"})),
+        ("md5, password", frozenset({"md5", "password"})),
+        ("!password,!md5,!gss,!sspi,!oauth", frozenset({"scram-sha-256", "none"})),
+    ],
+)
+def test_allowed_methods_are_read(text: str, methods: frozenset[str]):
+    assert parse_dsn(f"user=u require_auth='{text}'").methods == methods
+    assert parse_dsn("user=u").methods is None
+
+
+def test_keys_for_scram_are_read_and_not_shown():
+    key = base64.b64encode(bytes(range(32))).decode()
+    target = parse_dsn(f"user=u scram_client_key={key} scram_server_key={key}")
+    assert target.scram_keys == ScramKeys(bytes(range(32)), bytes(range(32)))
+    assert repr(bytes(range(5, 9)))[2:-1] not in repr(target)
+
+
+def test_options_of_the_socket_are_read():
+    target = parse_dsn("user=u keepalives=1 keepalives_idle=60 tcp_user_timeout=5000")
+    assert target.socket_options == {
+        "keepalives": 1,
+        "keepalives_idle": 60,
+        "tcp_user_timeout": 5000,
+    }
 
 
 @pytest.mark.parametrize(
@@ -794,6 +927,8 @@ def test_all_problems_of_a_connection_string_are_told():
         ("postgresql://u:p@h:5433/d", "h:5433"),
         ("postgresql://u:p@[::1]/d", "[::1]:5432"),
         ("host=/run/pg user=u", "/run/pg/.s.PGSQL.5432"),
+        ("host=a,b port=1,2 user=u", "a:1,b:2"),
+        ("host=a,b,c,d,e user=u", "a:5432,b:5432,c:5432,+2"),
     ],
 )
 def test_server_is_described_by_its_address(dsn: str, shown: str):
@@ -804,7 +939,7 @@ def test_environment_of_libpq_is_not_read(monkeypatch: pytest.MonkeyPatch):
     """The environment is a parameter: PGHOST set for psql must not redirect a pool."""
     for name, value in {"PGHOST": "other", "PGUSER": "other", "PGSERVICE": "none"}.items():
         monkeypatch.setenv(name, value)
-    assert parse_dsn("user=u") == ServerTarget("localhost", 5432, "u", "u")
+    assert parse_dsn("user=u") == server("localhost", 5432, "u", "u")
     with pytest.raises(ValueError, match="it names no user"):
         parse_dsn("host=h")
     with pytest.raises(ValueError, match="did you mean sslmode"):
@@ -820,7 +955,7 @@ SECRET = "S3cr3t"
     "text",
     [
         f"pools: {{main: {{dsn: 'postgresql://u:{SECRET}@h/d', max_size: x}}}}",
-        f"pools: {{main: {{dsn: 'postgresql://u:{SECRET}@a,b/d'}}}}",
+        f"pools: {{main: {{dsn: 'postgresql://u:{SECRET}@a,b/d?sslmode=x'}}}}",
         f"pools: {{main: {{dsn: 'postgresql://u:my {SECRET}@h/d'}}}}",
         f"pools: {{main: {{dsn: 'postgresql://u:%{SECRET}@h/d'}}}}",
         f"pools: {{main: {{dsn: 'postgresql://u:p@{SECRET}@h:x/d?y'}}}}",
@@ -874,7 +1009,7 @@ def test_no_error_contains_a_secret(text: str):
 @pytest.mark.parametrize(
     ("variable", "value"),
     [
-        ("PGSIDECAR__POOLS__MAIN__DSN", f"postgresql://u:{SECRET}@a,b/d"),
+        ("PGSIDECAR__POOLS__MAIN__DSN", f"postgresql://u:{SECRET}@a,b/d?sslmode=x"),
         ("PGSIDECAR__POOLS__MAIN__DSN", f"{SECRET}\udcff"),
         ("PGSIDECAR__POOLS__MAIN", f"postgresql://u:{SECRET}@h/d"),
         ("PGSIDECAR__USERS__APP", SECRET),

@@ -296,7 +296,7 @@ def test_lists_users_databases_state_and_version(sidecar, admin):
     assert one(admin, "SHOW USERS", name="app")["current_client_connections"] == "1"
     database = one(admin, "SHOW DATABASES", name="main")
     assert (database["pool_size"], database["paused"], database["disabled"]) == ("2", "0", "0")
-    assert database["port"] == str(sidecar.pool.config.target.port)
+    assert database["port"] == str(sidecar.pool.config.target.hosts[0].port)
     assert one(admin, "SHOW STATE", key="active")["value"] == "yes"
     assert one(admin, "SHOW VERSION")["version"] == f"pgsidecar {__version__}"
 

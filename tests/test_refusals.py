@@ -9,6 +9,7 @@ import pytest
 
 from sidecar.demo.postgres import EmbeddedPostgres
 from sidecar.errors import ServerError
+from sidecar.pool import health
 from tests.sidecar_process import MakeService, Metrics, ServiceHere, come_true
 
 SOON = 1.5
@@ -90,7 +91,8 @@ async def test_a_pool_whose_user_is_gone_refuses_logins_again(
     postgres.psql(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'leaving'"
     )
-    await sidecar.until(lambda now: not now.is_up)
+    opener = sidecar.pool.opener
+    await come_true(lambda: health.is_refusal(opener.last_failure), "the server has refused it")
     with pytest.raises(asyncpg.PostgresError) as caught:
         await asyncpg.connect(sidecar.dsn())
     assert caught.value.sqlstate == "28000"

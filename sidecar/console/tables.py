@@ -73,9 +73,14 @@ def _databases(view: View) -> Iterator[Row]:
 
 
 def _host_and_port(server: str) -> tuple[str, int]:
-    """Of ``host:port``, or of the path of a socket: its folder, as a dsn names it."""
-    head, _, port = server.rpartition("/.s.PGSQL." if server.startswith("/") else ":")
-    return head.strip("[]"), int(port) if port.isdigit() else 0
+    """Of ``host:port``, or of the path of a socket: its folder, as a dsn names it. Of several hosts
+    the first one's port."""
+    hosts, ports = [], []
+    for each in server.split(","):
+        head, _, port = each.rpartition("/.s.PGSQL." if each.startswith("/") else ":")
+        hosts.append(head.strip("[]") or each)
+        ports.append(int(port) if port.isdigit() else 0)
+    return ",".join(hosts), ports[0]
 
 
 def _users(view: View) -> Iterator[Row]:

@@ -10,9 +10,17 @@ import socket
 from collections.abc import Callable, Sequence
 
 from sidecar.config import ServerTarget
-from sidecar.errors import ServerError, ServerProtocolError, ServerUnavailable, SidecarError
+from sidecar.errors import (
+    ServerError,
+    ServerProtocolError,
+    ServerUnavailable,
+    TlsFailed,
+    WrongRole,
+)
 from sidecar.events import ErrorReason, Phase
-from sidecar.pool.server import MAX_LOGIN_MESSAGE, ServerConnection
+from sidecar.pool.link import MAX_LOGIN_MESSAGE
+from sidecar.pool.login import describe as describe
+from sidecar.pool.server import ServerConnection
 from sidecar.protocol import messages as m
 
 PING: tuple[bytes, ...] = (m.query(b""),)
@@ -179,6 +187,12 @@ def explain(exc: BaseException, *, has_connected: bool) -> tuple[Phase, ErrorRea
             return Phase.AUTH, reason_of(exc.sqlstate)
         case ServerProtocolError():
             return Phase.AUTH, ErrorReason.PROTOCOL
+        case TlsFailed():
+            return Phase.TLS, ErrorReason.TLS
+        case WrongRole():
+            return Phase.AUTH, ErrorReason.ROLE
+        case ServerUnavailable(__cause__=Exception() as last):  # of several hosts
+            return explain(last, has_connected=has_connected)
         case ServerUnavailable():
             return Phase.AUTH, ErrorReason.RESET
         case socket.gaierror():
@@ -192,14 +206,3 @@ def explain(exc: BaseException, *, has_connected: bool) -> tuple[Phase, ErrorRea
         case OSError() if f"[Errno {errno.ECONNREFUSED}]" in str(exc):
             return Phase.CONNECT, ErrorReason.REFUSED  # by every address of the host
     return Phase.CONNECT, ErrorReason.UNREACHABLE
-
-
-def describe(exc: BaseException) -> str:
-    """What went wrong, in words for a person."""
-    if isinstance(exc, SidecarError):
-        return exc.message
-    if isinstance(exc, TimeoutError):
-        return "no answer in time"
-    if isinstance(exc, ConnectionRefusedError):
-        return "connection refused"
-    return getattr(exc, "strerror", None) or str(exc) or type(exc).__name__

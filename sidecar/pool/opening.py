@@ -148,8 +148,7 @@ class Opener:
     async def _open(self, server: ServerConnection, reason: ConnectReason) -> None:
         started = clock()
         try:
-            async with asyncio.timeout_at(started + self._config.connect_timeout):
-                await server.open()
+            await server.open(started + self._config.connect_timeout)
         except (OSError, SidecarError) as exc:  # TimeoutError is an OSError
             self._failed(server, reason, exc)
         except Exception as exc:
@@ -167,7 +166,7 @@ class Opener:
         server.abort()
         if self._share is not None and not self._config.target.user:
             exc = health.hinted(exc, server.target)
-        phase, cause = health.explain(exc, has_connected=server.transport is not None)
+        phase, cause = health.explain(exc, has_connected=server.has_connected)
         self._observer.connection_failed(phase, cause)
         if cause is ErrorReason.TIMEOUT:
             self._observer.timed_out(TimeoutKind.CONNECT)

@@ -226,7 +226,7 @@ class Pool:
     async def _cancel(self, server: ServerConnection, settled: asyncio.Future[None]) -> None:
         try:
             await cancel_query(server, clock() + CANCEL_TIMEOUT)
-        except (OSError, TimeoutError) as exc:
+        except (OSError, SidecarError) as exc:  # TimeoutError is an OSError
             log.warning(
                 "cancel request failed", extra={"pool": self.name, "cause": health.describe(exc)}
             )

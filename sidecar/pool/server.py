@@ -1,12 +1,10 @@
-"""One connection to the server: connect, log in, carry bytes, close.
+"""One connection to the server: carry bytes, close. ``login`` makes it.
 
 Owns the socket and what the server knows of this session (transaction status, prepared
 statements, settings). Does not decide who uses it: ``pool.pool`` does, and gives its bytes to a
 ``Receiver``. Runs no task of its own; ``open`` is awaited by the pool.
 """
 
-import asyncio
-import socket
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -14,19 +12,14 @@ from itertools import count
 from typing import Any, Final, Protocol
 
 from sidecar.config import ServerTarget
-from sidecar.errors import ServerError, ServerProtocolError, ServerUnavailable
+from sidecar.errors import ServerUnavailable
 from sidecar.events import CloseReason, PinReason, Traffic
+from sidecar.pool.link import MAX_LOGIN_MESSAGE as MAX_LOGIN_MESSAGE
+from sidecar.pool.link import Address
+from sidecar.pool.login import Login, remember, send_cancel
 from sidecar.pool.state import ConnectionState
 from sidecar.protocol import messages as m
-from sidecar.protocol.authentication import MECHANISM, ClientExchange, md5_response
-from sidecar.protocol.startup import cancel_request, startup_message
-
-MAX_LOGIN_MESSAGE = 64 * 1024
-"""Bytes; nothing a server says during a login is longer."""
-
-_MAX_LOGIN_MESSAGES = 1000  # PostgreSQL 18 sends about 20
-_MAX_PARAMETERS = 200  # PostgreSQL 18 reports 16
-
+from sidecar.protocol.startup import cancel_request
 
 _ids: Final = count(1)
 
@@ -65,7 +58,7 @@ class ServerConnection:
     __slots__ = (
         "_buffer",
         "_closed",
-        "_wake",
+        "address",
         "age_limit",
         "asked",
         "automatic",
@@ -77,6 +70,7 @@ class ServerConnection:
         "deadline",
         "effects",
         "expected",
+        "has_connected",
         "id",
         "is_dirty",
         "is_skipping",
@@ -100,6 +94,7 @@ class ServerConnection:
         "state",
         "status_since",
         "target",
+        "tls_version",
         "traffic",
         "transport",
         "tx_started",
@@ -112,10 +107,14 @@ class ServerConnection:
         self.target: Final = target
         self.traffic: Final = traffic
         self.state = ConnectionState.CONNECTING
-        self.transport: Any = None  # asyncio.Transport, set by connection_made
+        self.transport: Any = None  # asyncio.Transport, once logged in
         self.receiver: Receiver | None = None
         self.close_reason = CloseReason.SERVER_CLOSED
         self.last_error = ""  # SQLSTATE of an error that nobody had asked for
+        # where it leads to
+        self.address: Address | None = None
+        self.tls_version = ""  # empty: not encrypted
+        self.has_connected = False  # the attempt to open it got as far as that
         # identity
         self.id: Final = next(_ids)  # told to people; no two connections have the same
         self.pid = 0
@@ -151,30 +150,19 @@ class ServerConnection:
         self.custom_settings: frozenset[bytes] = frozenset()  # set, and listed by no server
         self.pin: PinReason | None = None  # what keeps the lease beyond the transaction
         self.pinned_at = 0.0
-        # login
-        self._buffer = b""
-        self._wake: asyncio.Future[None] | None = None
+        self._buffer = b""  # of an unfinished message that nobody asked for
         self._closed = False
 
     def __repr__(self) -> str:
         return f"<ServerConnection pid={self.pid} {self.state.name.lower()} {chr(self.tx_status)}>"
 
-    # -- asyncio.Protocol ----------------------------------------------------------------------
-
-    def connection_made(self, transport: Any) -> None:
-        self.transport = transport
-        sock = transport.get_extra_info("socket")
-        if sock is not None and sock.family != socket.AF_UNIX:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    # -- asyncio.Protocol, once logged in --------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
         self.traffic.server_received += len(data)
         receiver = self.receiver
         if receiver is not None:
             receiver.server_data(data)
-        elif self.state is ConnectionState.CONNECTING:
-            self._buffer += data
-            self._notify()
         elif self.state is not ConnectionState.CLOSING:
             self.unasked_data(data)
 
@@ -183,7 +171,6 @@ class ServerConnection:
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._closed = True
-        self._notify()
         receiver, self.receiver = self.receiver, None
         if receiver is not None:
             receiver.server_lost()
@@ -217,6 +204,11 @@ class ServerConnection:
         self.transport.resume_reading()
         if not self.mid_message:
             self.write(m.TERMINATE_MESSAGE)
+        if self.tls_version:
+            # TLS has no half of an end: PostgreSQL ends it after a Terminate.
+            if self.mid_message:
+                self.transport.close()
+            return
         try:
             self.transport.write_eof()
         except OSError:  # from asyncio's own loop, where the server has reset the connection
@@ -266,184 +258,50 @@ class ServerConnection:
         self._buffer = data[pos:]
 
     def remember_parameter(self, body: bytes) -> None:
-        try:
-            name, value = m.name_and_value(body)
-        except ValueError:
-            return
-        if name in self.parameters or len(self.parameters) < _MAX_PARAMETERS:
-            self.parameters[name] = value
+        remember(self.parameters, body)
 
     # -- login ---------------------------------------------------------------------------------
 
-    async def open(self) -> None:
+    async def open(self, deadline: float) -> None:
         """Connect and log in; afterwards the server has said ReadyForQuery.
 
-        Raises OSError, ServerError (the server refused), ServerProtocolError, ServerUnavailable
-        (it hung up). The caller sets the deadline.
+        Raises OSError, ServerError (the server refused), ServerProtocolError, ServerUnavailable.
         """
-        loop = asyncio.get_running_loop()
-        target = self.target
-        factory: Any = lambda: self  # noqa: E731  a protocol by shape, which typeshed cannot see
-        if target.host.startswith("/"):
-            path = f"{target.host}/.s.PGSQL.{target.port}"
-            await loop.create_unix_connection(factory, path)
-        else:
-            await loop.create_connection(factory, target.host, target.port)
-        self.write(startup_message(_startup_parameters(target)))
-        await self._log_in()
-        rest, self._buffer = self._buffer, b""
+        login = Login(self.target, self.traffic)
+        try:
+            session = await login.run(deadline)
+        finally:
+            self.has_connected = login.has_connected
+        link = session.link
+        rest = link.hand_over(self)
+        self.transport = link.transport
+        self.address = session.address
+        self.pid, self.secret = session.pid, session.secret
+        self.parameters = session.parameters
+        encryption = link.encryption
+        self.tls_version = "" if encryption is None else encryption.version() or ""
         self.unasked_data(rest)
         if self._closed or self.transport.is_closing():
             raise ServerUnavailable("the server closed the connection after the login")
 
-    async def _log_in(self) -> None:
-        scram: ClientExchange | None = None
-        is_authenticated = False
-        for _ in range(_MAX_LOGIN_MESSAGES):
-            kind, body = await self._next_message()
-            if kind == m.READY_FOR_QUERY and is_authenticated:
-                return
-            if kind == m.ERROR_RESPONSE:
-                raise _refusal(body)
-            if kind == m.AUTHENTICATION:
-                scram = await self._authenticate(body, scram)
-                is_authenticated = body == _AUTH_OK
-            elif kind == m.PARAMETER_STATUS:
-                self.remember_parameter(body)
-            elif kind == m.BACKEND_KEY_DATA:
-                if len(body) < 8:
-                    raise ServerProtocolError(f"BackendKeyData of {len(body)} bytes")
-                self.pid, self.secret = int.from_bytes(body[:4], "big"), body[4:]
-            elif kind not in (m.NOTICE_RESPONSE, m.NEGOTIATE_PROTOCOL_VERSION):
-                raise ServerProtocolError(f"unexpected message {chr(kind)!r} during login")
-        raise ServerProtocolError("the login has no end")
 
-    async def _authenticate(
-        self, body: bytes, scram: ClientExchange | None
-    ) -> ClientExchange | None:
-        if len(body) < 4:
-            raise ServerProtocolError(f"Authentication of {len(body)} bytes")
-        code, data = int.from_bytes(body[:4], "big"), body[4:]
-        if code == m.AUTH_OK:
-            if scram is not None and not scram.is_verified:
-                raise ServerProtocolError("the server did not prove that it knows the password")
-            return scram
-        secret, keys = self.target.password, self.target.scram_keys
-        if keys is not None and code == m.AUTH_SASL:
-            scram = ClientExchange(keys)
-            self.write(m.sasl_initial_response(MECHANISM.encode(), scram.begin()))
-            return scram
-        if scram is not None and code == m.AUTH_SASL_CONTINUE:
-            self.write(m.password(await asyncio.to_thread(scram.respond, data)))
-            return scram
-        if scram is not None and code == m.AUTH_SASL_FINAL:
-            scram.verify(data)
-            return scram
-        if secret is None:
-            raise ServerError(
-                f"the server asks for a password of user {self.target.user!r}, the dsn has none",
-                sqlstate="28P01",
-            )
-        password = secret.get_secret_value()
-        if code == m.AUTH_CLEARTEXT:
-            self.write(m.password(password.encode() + b"\0"))
-        elif code == m.AUTH_MD5:
-            self.write(m.password(md5_response(self.target.user, password, data[:4])))
-        elif code == m.AUTH_SASL and MECHANISM.encode() in data.split(b"\0"):
-            scram = ClientExchange(password)
-            self.write(m.sasl_initial_response(MECHANISM.encode(), scram.begin()))
-        elif code == m.AUTH_SASL_CONTINUE and scram is not None:
-            # in a thread: PBKDF2 would stall every client for milliseconds
-            self.write(m.password(await asyncio.to_thread(scram.respond, data)))
-        elif code == m.AUTH_SASL_FINAL and scram is not None:
-            scram.verify(data)
-        else:
-            raise ServerError(
-                f"the server asks for an authentication method we do not have (code {code})",
-                sqlstate="28000",
-                hint="Available: trust, password, md5, scram-sha-256.",
-            )
-        return scram
-
-    async def _next_message(self) -> tuple[int, bytes]:
-        while True:
-            if len(self._buffer) >= 5:
-                kind, length = m.HEADER.unpack_from(self._buffer)
-                if not 4 <= length <= MAX_LOGIN_MESSAGE:
-                    raise ServerProtocolError(f"invalid message length {length} during login")
-                if len(self._buffer) > length:
-                    body = self._buffer[5 : length + 1]
-                    self._buffer = self._buffer[length + 1 :]
-                    return kind, body
-            if self._closed:
-                raise ServerUnavailable("the server closed the connection during login")
-            self._wake = asyncio.get_running_loop().create_future()
-            await self._wake
-
-    def _notify(self) -> None:
-        if self._wake is not None and not self._wake.done():
-            self._wake.set_result(None)
-
-
-_AUTH_OK = m.AUTH_OK.to_bytes(4, "big")
 _UNASKED = (m.PARAMETER_STATUS, m.NOTICE_RESPONSE, m.ERROR_RESPONSE, m.NOTIFICATION_RESPONSE)
-
-
-def _startup_parameters(target: ServerTarget) -> dict[bytes, bytes]:
-    parameters = {b"user": target.user.encode(), b"database": target.database.encode()}
-    own: Mapping[str, str] = target.parameters
-    return parameters | {name.encode(): value.encode() for name, value in own.items()}
-
-
-def _refusal(body: bytes) -> ServerError:
-    fields = m.error_fields(body)
-    return ServerError(
-        fields.get("M", "the server refused the connection"),
-        detail=fields.get("D", ""),
-        hint=fields.get("H", ""),
-        sqlstate=m.sqlstate_of(body),
-    )
-
-
-class _Canceller(asyncio.Protocol):
-    """Sends one CancelRequest; the server answers by closing the connection."""
-
-    def __init__(self, packet: bytes) -> None:
-        self._packet = packet
-        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def connection_made(self, transport: Any) -> None:  # uvloop's are not asyncio's by class
-        transport.write(self._packet)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if not self.done.done():
-            self.done.set_result(None)
 
 
 async def cancel_query(server: ServerConnection, deadline: float) -> None:
     """Ask the server to cancel what this backend runs; returns when the signal has been sent.
 
-    PostgreSQL closes the connection after it has signalled the backend (54.2.9). Raises OSError
-    or TimeoutError.
+    Goes to the address that the connection was made to, encrypted if that is: the secret in it is
+    as good for others. Raises OSError and SidecarError.
     """
-    loop = asyncio.get_running_loop()
-    target, packet = server.target, cancel_request(server.pid, server.secret)
-    transport: asyncio.BaseTransport | None = None
-    try:
-        async with asyncio.timeout_at(deadline):
-            if target.host.startswith("/"):
-                path = f"{target.host}/.s.PGSQL.{target.port}"
-                transport, protocol = await loop.create_unix_connection(
-                    lambda: _Canceller(packet), path
-                )
-            else:
-                transport, protocol = await loop.create_connection(
-                    lambda: _Canceller(packet), target.host, target.port
-                )
-            await protocol.done
-    finally:
-        if transport is not None:
-            transport.close()
+    assert server.address is not None, "only an open connection runs anything"
+    await send_cancel(
+        server.address,
+        server.target.tls,
+        cancel_request(server.pid, server.secret),
+        is_encrypted=bool(server.tls_version),
+        deadline=deadline,
+    )
 
 
 clock: Final = time.monotonic

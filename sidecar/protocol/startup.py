@@ -24,6 +24,9 @@ _GSSENC = 80877104
 
 _INT = struct.Struct("!I")
 
+SSL_REQUEST = _INT.pack(8) + _INT.pack(_SSL)
+"""Asks a server for TLS; it answers with one byte, S or N."""
+
 
 @dataclass(frozen=True, slots=True)
 class EncryptionRequest:
