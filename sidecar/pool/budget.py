@@ -7,17 +7,21 @@ that are closing count, as in ``pool.state``. What is decided:
   client waits longest first; what is left goes to pools that want idle connections.
 - Where room is lacking, as many idle connections are closed as it lacks, the longest unused first.
 - Where nothing is idle, a connection that is released in one pool is closed for another one whose
-  clients have waited for longer (``yields``). If that other pool has connections of its own, these
-  serve its clients without a new login: it has to be behind by ``PATIENCE``.
+  clients have waited for longer (``yields``).
+
+A move costs a login at the server, the time of many queries. So a connection that was used a moment
+ago stays for ``GRACE``, since its client may be about to come back, and a pool has to be behind by
+``PATIENCE`` to be given one that is in use all the time: busy pools take turns of that length.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Final, Generic, Protocol, TypeVar
 
 from sidecar.pool.state import ConnectionState
 
-PATIENCE: Final = 0.1
-"""Seconds. A handover costs a login, some milliseconds: two busy pools must not swap all the time."""
+GRACE: Final = 0.01  # s
+PATIENCE: Final = 0.1  # s
 
 _IDLE: Final = ConnectionState.IDLE
 _CLOSING: Final = ConnectionState.CLOSING
@@ -42,6 +46,18 @@ C = TypeVar("C", bound=Connection)
 M = TypeVar("M", bound=Member)
 
 
+@dataclass(slots=True)
+class Plan(Generic[C, M]):
+    """What has to be done in the pools."""
+
+    opening: list[M]
+    """Pools that are to open a connection each, in this order."""
+    closing: list[tuple[M, C]]
+    """Idle connections to close."""
+    again: float | None = None
+    """When to ask again, unless something happens before; None: no need to."""
+
+
 class Budget(Generic[C, M]):
     """The connections of all pools of one template; ``limit`` at most, closing ones included."""
 
@@ -50,6 +66,7 @@ class Budget(Generic[C, M]):
         self._connections: dict[C, M] = {}
         self._waiting: dict[M, None] = {}  # some of them may not wait any more
         self._warming: dict[M, None] = {}  # want idle connections; so for these
+        self._alarm = 0.0  # when ``share`` was said to be called again
 
     def __repr__(self) -> str:
         return f"<Budget {self.used} of {self.limit}, {len(self._waiting)} pools wait>"
@@ -80,10 +97,6 @@ class Budget(Generic[C, M]):
     def _closing(self) -> int:
         return sum(1 for each in self._connections if each.state is _CLOSING)
 
-    def _owners(self) -> set[M]:
-        """The pools that have connections which will serve their clients."""
-        return {m for each, m in self._connections.items() if each.state is not _CLOSING}
-
     # -- decisions -----------------------------------------------------------------------------
 
     def asks(self, member: M) -> None:
@@ -98,46 +111,48 @@ class Budget(Generic[C, M]):
         self._waiting.pop(member, None)
         self._warming.pop(member, None)
 
-    def share(self, now: float) -> tuple[list[M], list[tuple[M, C]]]:
-        """Pools that are to open a connection each, in this order, and idle connections to close.
-
-        To be called after everything that may have changed the answer.
-        """
-        if not self._waiting and not self._warming:
-            return [], []
-        opening: list[M] = []
+    def share(self, now: float) -> "Plan[C, M]":
+        """What to do now. To be called after everything that may have changed the answer."""
+        plan: Plan[C, M] = Plan([], [])
         room = self.room
+        if not self._waiting and not self._warming:
+            return plan
         if room <= 0 and all(each.state is not _IDLE for each in self._connections):
-            return [], []  # the usual case while all is busy
+            return plan  # the usual case while all is busy
         needs = self._needs(now)
-        lacking = 0
-        for member in _in_turn(needs):
+        lacking: list[float] = []  # since when they wait
+        for member, since in _in_turn(needs):
             if room > 0:
-                opening.append(member)
+                plan.opening.append(member)
                 room -= 1
             else:
-                lacking += 1
-        lacking -= self._closing()
-        closing = self._longest_idle({m for m, _, _ in needs})[:lacking] if lacking > 0 else []
+                lacking.append(since)
         for member in list(self._warming):
             wanted = min(room, member.wanted(now)) if member not in self._waiting else 0
-            opening += [member] * wanted
+            plan.opening.extend([member] * wanted)
             room -= wanted
             if not wanted and not member.wanted(now):
                 del self._warming[member]
-        return opening, closing
+        idle = self._longest_idle({member for member, _, _ in needs})
+        for since, (member, connection) in zip(lacking[self._closing() :], idle, strict=False):
+            due = min(connection.status_since + GRACE, since + PATIENCE)
+            if due <= now:
+                plan.closing.append((member, connection))
+            elif self._alarm <= now:
+                self._alarm = plan.again = due
+        return plan
 
     def yields(self, member: M, now: float) -> bool:
         """Whether a connection just released in this pool is to be closed for another one."""
         if not self._waiting:
             return False
         mine = member.waits_since()
-        owners = self._owners()
-        lacking = 0
-        for other, since, wanted in self._needs(now):
-            behind = since + PATIENCE if other in owners else since
-            if other is not member and (mine is None or behind < mine):
-                lacking += wanted
+        turn = (now if mine is None else mine) - PATIENCE
+        lacking = sum(
+            wanted
+            for other, since, wanted in self._needs(now)
+            if other is not member and since <= turn
+        )
         return lacking > self.room + self._closing()
 
     def _needs(self, now: float) -> list[tuple[M, float, int]]:
@@ -160,7 +175,7 @@ class Budget(Generic[C, M]):
         return sorted(idle, key=lambda each: each[1].status_since)
 
 
-def _in_turn(needs: list[tuple[M, float, int]]) -> Iterator[M]:
-    """Each pool as often as it needs a connection, in rounds."""
+def _in_turn(needs: list[tuple[M, float, int]]) -> Iterator[tuple[M, float]]:
+    """Each pool as often as it needs a connection, in rounds; and since when it waits."""
     for turn in range(max((wanted for _, _, wanted in needs), default=0)):
-        yield from (member for member, _, wanted in needs if wanted > turn)
+        yield from ((member, since) for member, since, wanted in needs if wanted > turn)

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import random
 import time
+from collections.abc import Callable
 from typing import Final, Protocol
 
 from sidecar.config import PoolConfig, ServerTarget
@@ -65,15 +66,6 @@ class Waiter(Protocol):
     def refused(self, error: SidecarError) -> None: ...
 
 
-def share(budget: "Budget[ServerConnection, Pool]", now: float) -> None:
-    """Do what the budget of a template decides, in all of its pools."""
-    opening, closing = budget.share(now)
-    for pool in opening:
-        pool.opener.open_one()
-    for pool, server in closing:
-        pool.give_up(server, now)
-
-
 class Pool:
     def __init__(
         self,
@@ -85,12 +77,15 @@ class Pool:
         *,
         target: ServerTarget | None = None,
         budget: "Budget[ServerConnection, Pool] | None" = None,
+        share: Callable[[float], None] | None = None,
     ) -> None:
-        """Of a template: ``target`` is the pool's own, ``budget`` that of all pools of it."""
+        """Of a template: ``target`` is the pool's own, ``budget`` that of all pools of it, ``share``
+        does what the budget decides."""
         self.config: Final = config
         self.name: Final = config.name
         self.target = target or config.target  # for the connections to be opened
         self.budget: Final = budget
+        self._share: Final = share
         self.observer: Final = observer
         self.traffic: Final = traffic
         self.state: Final[PoolState[ServerConnection, Waiter]] = PoolState(
@@ -111,7 +106,7 @@ class Pool:
             remove=self._remove,
             opened=self._hand_over,
             refused=self._refuse_all,
-            share=None if budget is None else self._share,
+            share=None if share is None else self._ask,
         )
         self._spawn: Final = spawn
         self._next_ping = 0.0
@@ -165,8 +160,10 @@ class Pool:
         """A connection that has served is handed over, or makes room for another pool."""
         if self.budget is not None and self.budget.yields(self, now):
             self._close(server, CloseReason.BUDGET, now)
-        else:
-            self._hand_over(server, now)
+            return
+        self._hand_over(server, now)
+        if self._share is not None and server.state is ConnectionState.IDLE:
+            self._share(now)
 
     def _hand_over(self, server: ServerConnection, now: float) -> None:
         """A fit connection goes to the next waiter or becomes idle."""
@@ -277,11 +274,12 @@ class Pool:
         """How many connections it would open now."""
         return self.opener.wanted(now)
 
-    def _share(self, now: float) -> None:
+    def _ask(self, now: float) -> None:
         assert self.budget is not None
+        assert self._share is not None
         if self.waits_since() is not None or self.opener.wanted(now):
             self.budget.asks(self)
-        share(self.budget, now)
+        self._share(now)
 
     def _is_crowded_out(self) -> bool:
         """The other pools of the template have all connections."""

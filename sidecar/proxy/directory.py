@@ -8,6 +8,7 @@ neither clients nor connections: so there are never more than clients and connec
 Runs no task: the service calls ``tick`` every 100 ms.
 """
 
+import asyncio
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,9 +19,9 @@ from sidecar.events import Observer, PoolObserver, PoolSnapshot, Traffic
 from sidecar.pool import health
 from sidecar.pool.budget import Budget
 from sidecar.pool.opening import Spawn
-from sidecar.pool.pool import Pool, share
+from sidecar.pool.pool import Pool
 from sidecar.pool.report import in_one
-from sidecar.pool.server import ServerConnection
+from sidecar.pool.server import ServerConnection, clock
 from sidecar.proxy.login import Login
 from sidecar.proxy.relay import PoolTables
 
@@ -123,6 +124,7 @@ class _Template:
                 self._spawn,
                 target=target,
                 budget=self._budget,
+                share=self._share,
             )
             tables = self.pools[key] = PoolTables(pool)
             log.debug("pool made", extra=_names(pool))
@@ -153,7 +155,18 @@ class _Template:
             pool.tick(now)
         for tables in list(self._unused):
             self._drop_if_empty(tables)
-        share(self._budget, now)
+        self._share(now)
+
+    def _share(self, now: float) -> None:
+        """Do what the budget decides, in all pools."""
+        plan = self._budget.share(now)
+        for pool in plan.opening:
+            pool.opener.open_one()
+        for pool, server in plan.closing:
+            pool.give_up(server, now)
+        if plan.again is not None:
+            delay = plan.again - now
+            asyncio.get_running_loop().call_later(delay, lambda: self._share(clock()))
 
     def snapshot(self, now: float) -> PoolSnapshot:
         """Of all pools together. The server counts as up unless one of them cannot reach it: as
