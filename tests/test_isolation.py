@@ -26,6 +26,7 @@ from tests.wire import (
     parse,
     query,
     run,
+    startup,
 )
 
 MODES = ["transaction", "session"]
@@ -209,16 +210,28 @@ def test_settings_rolled_back_with_their_client_are_not_believed(single):
     ],
 )
 def test_refused_setting_is_a_clear_end_and_harms_nobody(postgres, single, brought, sqlstate):
+    """At the login, in the words of the server, as on a direct connection."""
+    with refused_login((postgres.host, postgres.port), postgres, brought) as client:
+        directly = error(client.until_closed())
     with single.login(application_name="witness") as witness:
         assert witness.value("select 1") == "1"
-        for begin in (query("select 1"), run("select 1"), query("select 1") * 3):
-            with single.login(**brought) as client:
-                client.send(begin)
+        for _ in range(3):
+            with refused_login(single.address, postgres, brought) as client:
                 answer = client.until_closed()
-            assert kinds(answer) == "E"
-            assert (error(answer)["S"], error(answer)["C"]) == ("FATAL", sqlstate), error(answer)
+            assert kinds(answer)[-1] == "E"
+            told = error(answer)
+            assert (told["S"], told["C"]) == ("FATAL", sqlstate), told
+            assert (told["M"], told.get("D")) == (directly["M"], directly.get("D"))
             assert shows(witness, "application_name") == ["witness"]
     single.until_whole()
+
+
+def refused_login(
+    address: tuple[str, int], postgres: EmbeddedPostgres, brought: dict[str, str]
+) -> Client:
+    client = Client(address)
+    client.send(startup({"user": postgres.user, "database": postgres.database, **brought}))
+    return client
 
 
 def test_client_that_goes_while_its_settings_are_made_harms_nobody(single):

@@ -344,10 +344,10 @@ def test_idle_pinned_client_is_closed(postgres: EmbeddedPostgres, mode: str) -> 
 
 
 @pytest.mark.parametrize("ends", ["served", "refused"])
-def test_waiting_client_is_not_idle(postgres: EmbeddedPostgres, mode: str, ends: str) -> None:
-    """Its time begins when it has been answered."""
+def test_waiting_client_is_not_idle(postgres: EmbeddedPostgres, ends: str) -> None:
+    """Its time begins when it has been answered. In session mode, clients wait in login."""
     with Sidecar(
-        postgres, mode=mode, max_size=1, client_idle_timeout="400ms", acquire_timeout="1s"
+        postgres, max_size=1, client_idle_timeout="400ms", acquire_timeout="1s"
     ) as sidecar:
         holder, waiter = sidecar.login(), sidecar.login()
         holder.ask(query("BEGIN"))

@@ -110,7 +110,7 @@ async def test_a_client_that_only_prepares_keeps_no_connection(
         for n in range(3):
             first = await one_client.prepare(f"SELECT {n}, $1::int")
             second = await other.prepare(f"SELECT {n}, $1::text")
-            assert (await sidecar.metrics()).used == 0
+            await sidecar.until(lambda now: now.used == 0)
             assert tuple(await first.fetchrow(n)) == (n, n)
             assert tuple(await second.fetchrow("x")) == (n, "x")
         for client in (one_client, other):
@@ -241,10 +241,8 @@ async def test_a_refused_startup_parameter_harms_its_own_client_only(
 ) -> None:
     sidecar = await make_service(postgres.dsn(), max_size=1)
     async with await connect(sidecar) as good:
-        bad = await connect(sidecar, options="-c TimeZone=Nowhere/Never")
-        with pytest.raises(psycopg.errors.InvalidParameterValue, match="TimeZone"):
-            await bad.execute("SELECT 1")
-        assert bad.closed
+        with pytest.raises(psycopg.OperationalError, match="TimeZone"):
+            await connect(sidecar, options="-c TimeZone=Nowhere/Never")
         assert await one(good, "SELECT 1") == 1
     await sidecar.until_whole(idle=1)
 

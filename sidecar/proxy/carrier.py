@@ -52,6 +52,19 @@ class Carrier:
         self.is_setting = False  # the server's next replies are to our own SET
         self.error: bytes | None = None  # the body of its ErrorResponse
 
+    @property
+    def must_be_tried(self) -> bool:
+        """Whether the client brings what no server of the pool has accepted yet."""
+        return not self._home.is_proven
+
+    def told(self) -> list[bytes]:
+        """ParameterStatus messages for the login, where no server connection is at hand."""
+        values = self.settings.values
+        return [
+            m.parameter_status(name, values.get(name.lower(), value))
+            for name, value in self._defaults.items()
+        ]
+
     def set_up(self, server: ServerConnection) -> None:
         """Send what makes this connection this client's, if it is not: then ``is_setting``."""
         before = {} if server.settings is None else server.settings.values
@@ -121,6 +134,7 @@ class Carrier:
                 self._news.append(m.parameter_status(name, value))
         self._is_spelled = True
         self._home = self.settings = self._table.intern(values)
+        self._table.note_spelling(self._brought, self._home)
         if self._home is not self._brought:
             self._brought.canonical = self._home
             self._brought.is_proven = True

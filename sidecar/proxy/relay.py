@@ -85,7 +85,6 @@ class PoolTables:
 class Relay:
     __slots__ = (
         "__weakref__",
-        "_carrier",
         "_has_own_query",
         "_holds_lease",
         "_inquiry",
@@ -99,6 +98,7 @@ class Relay:
         "_registry",
         "_setup_rest",
         "_unleased",
+        "carrier",
         "client",
         "deadline",
         "id",
@@ -131,7 +131,7 @@ class Relay:
         self._pool: Final = pool
         self._registry: Final = registry
         self.client: Final = client
-        self._carrier: Final = Carrier(tables.settings, settings, pool.opener.parameters)
+        self.carrier: Final = Carrier(tables.settings, settings, pool.opener.parameters)
         self.transport: Any = None  # asyncio.Transport
         self.server: ServerConnection | None = None
         self.requests: Final = Requests(
@@ -143,7 +143,7 @@ class Relay:
             refused=refused_effects(pool.config),
             refuses_blocks=pool.config.mode is PoolMode.STATEMENT,
         )
-        self.requests.dialect = self._carrier.settings.dialect
+        self.requests.dialect = self.carrier.settings.dialect
         self._holds_lease: Final = pool.config.mode is PoolMode.SESSION
         self._is_one_statement: Final = pool.config.mode is PoolMode.STATEMENT
         self.replies: Final = Replies(
@@ -319,6 +319,14 @@ class Relay:
 
     # -- a lease -------------------------------------------------------------------------------
 
+    def adopt(self, server: ServerConnection, data: bytes) -> None:
+        """In session mode: take over the connection of the login, and what it has said since."""
+        self.server = server
+        server.receiver = self
+        self.tables.leases += 1
+        if data:
+            self.server_data(data)
+
     def _attach(self, server: ServerConnection, data: bytes, now: float) -> None:
         tables = self.tables
         self.server = server
@@ -328,7 +336,7 @@ class Relay:
         self._own_time = -1.0 if tables.leases % _SAMPLED else 0.0
         if self._is_write_paused:
             server.transport.pause_reading()
-        if server.settings is not self._carrier.settings and not self._set_up(server, data):
+        if server.settings is not self.carrier.settings and not self._set_up(server, data):
             return
         self._forward(server, data, now)
 
@@ -338,7 +346,7 @@ class Relay:
         Settings that a server has accepted before travel together with the client's first
         message and cost no round trip of their own.
         """
-        carrier = self._carrier
+        carrier = self.carrier
         carrier.set_up(server)
         self._has_own_query = carrier.is_setting
         if not carrier.is_setting or carrier.settings.is_proven:
@@ -350,7 +358,7 @@ class Relay:
 
     def _set_back(self, server: ServerConnection, data: bytes) -> None:
         self.requests.begin_lease()  # our Query takes the unnamed statement away
-        self._carrier.set_back(server)
+        self.carrier.set_back(server)
         self._has_own_query = True
         self._forward(server, data, clock())
 
@@ -520,7 +528,7 @@ class Relay:
 
     def _own_reply(self, server: ServerConnection, data: bytes) -> bytes:
         """Take the replies to a query of ours. Returns what follows them."""
-        carrier, inquiry = self._carrier, self._inquiry
+        carrier, inquiry = self.carrier, self._inquiry
         data = self.replies.take_held() + data
         if inquiry is not None:
             pos = inquiry.take_reply(server, data)
@@ -555,7 +563,7 @@ class Relay:
             return False
         if server.effects != server.asked and not self._is_server_full:
             user = self._pool.opener.parameters.get(b"session_authorization", b"")
-            self._inquiry = Inquiry(server, user, self._carrier.settings)
+            self._inquiry = Inquiry(server, user, self.carrier.settings)
             self._has_own_query = self._is_holding = True
             self.replies.is_at_rest = False
         return True
@@ -572,8 +580,8 @@ class Relay:
         server.effects = server.asked = inquiry.there
         server.pin = reason_of(inquiry.there)
         if inquiry.settings is not None:
-            self._carrier.note_session(server, inquiry.settings, stays=bool(inquiry.there))
-            self.requests.dialect = self._carrier.settings.dialect
+            self.carrier.note_session(server, inquiry.settings, stays=bool(inquiry.there))
+            self.requests.dialect = self.carrier.settings.dialect
         if server.pin is not None and not was_pinned:
             server.pinned_at = now
             self._pool.observer.pinned(server.pin)
@@ -596,7 +604,7 @@ class Relay:
         rest = self._take_held_back()
         if rest:
             self.replies.is_at_rest = True  # nothing of the client's has been sent
-        self.requests.dialect = self._carrier.settings.dialect
+        self.requests.dialect = self.carrier.settings.dialect
         if error is not None:
             self._leave(server, CloseReason.SETTINGS_FAILED, now)
             text = m.error_fields(error).get("M", "a startup parameter was refused")
@@ -607,7 +615,7 @@ class Relay:
             self._write(self.replies.answer_ourselves(server))
 
     def _note_values(self, server: ServerConnection, replies: Replies) -> None:
-        carrier, requests = self._carrier, self.requests
+        carrier, requests = self.carrier, self.requests
         carrier.note_values(server, replies.values, requests.resets)
         requests.resets = NONE
         replies.values.clear()
@@ -726,7 +734,7 @@ class Relay:
         return self._pool
 
     def application(self) -> str:
-        name = self._carrier.settings.values.get(b"application_name", b"")
+        name = self.carrier.settings.values.get(b"application_name", b"")
         return name.decode("utf-8", "replace")
 
     def describe(self, now: float) -> str:

@@ -12,13 +12,14 @@ from typing import Any, Final, Protocol
 
 from sidecar.config import PoolConfig
 from sidecar.errors import AuthenticationFailed, ClientProtocolError, SidecarError
-from sidecar.events import ClientOutcome, Traffic
+from sidecar.events import ClientOutcome, PoolMode, Traffic
 from sidecar.hba import Peer, peer_address
 from sidecar.pool.server import clock
 from sidecar.protocol import messages as m
 from sidecar.protocol import startup
 from sidecar.proxy.authenticate import Authenticator
 from sidecar.proxy.certificates import Identity
+from sidecar.proxy.greeting import Greeting
 from sidecar.proxy.guests import Console, Guest
 from sidecar.proxy.limits import Limits
 from sidecar.proxy.login import Login
@@ -107,6 +108,7 @@ class Session:
         self._tls: TlsTransport | None = None  # once the handshake is done
         self.end_point: bytes | None = None  # what a login over TLS can be bound to
         self._pool: str | None = None  # as soon as it is known
+        self._greeting: Greeting | None = None
         self.address = "unknown"
 
     def __repr__(self) -> str:
@@ -140,6 +142,8 @@ class Session:
     def connection_lost(self, exc: Exception | None) -> None:
         self._is_closed = True
         self._notify()
+        if self._greeting is not None:
+            self._greeting.give_up()
 
     def pause_writing(self) -> None:
         """A login writes little: the deadline takes care of who does not read it."""
@@ -212,19 +216,40 @@ class Session:
             if self._is_closed:
                 raise _Gone
             settings = tables.settings.intern(from_startup(packet, tables.pool.opener.parameters))
+            tables.settings.is_known(settings)
             client = Client(user, database, self.address)
             relay = Relay(tables, self._host, client, settings, self._host.limits(pool, user))
             relay.secret = secrets.token_bytes(packet.secret_size)
-            self._host.register(relay)
-            values = (settings.canonical or settings).values
-            told = [
-                m.parameter_status(name, values.get(name.lower(), value))
-                for name, value in tables.pool.opener.parameters.items()
-            ]
-            self._hand_over(relay, b"".join(told))
+            if pool.mode is PoolMode.SESSION or relay.carrier.must_be_tried:
+                await self._greet(relay, deadline)
+            else:
+                self._host.register(relay)
+                self._hand_over(relay, b"".join(relay.carrier.told()))
         finally:
             self._host.leave(tables, self)
         return ClientOutcome.ACCEPTED
+
+    async def _greet(self, relay: Relay, deadline: float) -> None:
+        """The end of a login that needs a server connection: to keep, or to try the settings on."""
+        pool = relay.tables.pool
+        timeout = min(relay.limits.acquire, deadline - 0.1 - clock())
+        who = f'user "{relay.client.user}", {relay.client.address}'
+        greeting = self._greeting = Greeting(pool, relay.carrier, who, timeout)
+        try:
+            server = await greeting.take()
+            data = await greeting.settle(server)
+            if self._is_closed:
+                raise _Gone
+            told = b"".join(m.parameter_status(*each) for each in server.parameters.items())
+            if pool.config.mode is PoolMode.SESSION:
+                self._host.register(relay, server.pid)
+                relay.adopt(server, data)
+            else:
+                self._host.register(relay)
+                greeting.give_up()
+            self._hand_over(relay, told)
+        finally:
+            greeting.give_up()
 
     async def _log_in_to_console(
         self, packet: startup.StartupMessage, user: str, database: str, deadline: float

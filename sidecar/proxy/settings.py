@@ -6,6 +6,7 @@ compares identities. ``change`` is the SQL that turns one into another.
 """
 
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Final
 from weakref import WeakValueDictionary
@@ -40,6 +41,10 @@ _LIST_VALUED: Final = re.compile(
 """SET takes these as lists of identifiers; set_config takes the text as a client sent it."""
 
 
+_MOST_SPELLINGS: Final = 1000
+
+_printable: Final = re.compile(rb"[ -~]*").fullmatch
+
 _NAME: Final = re.compile(rb"[a-z_][a-z0-9_]*")
 
 
@@ -68,6 +73,7 @@ class SettingsTable:
         self._known: WeakValueDictionary[tuple[tuple[bytes, bytes], ...], Settings] = (
             WeakValueDictionary()
         )
+        self._spellings: OrderedDict[tuple[bytes, bytes], bytes] = OrderedDict()
 
     def intern(self, values: Mapping[bytes, bytes]) -> Settings:
         key = tuple(sorted(values.items()))
@@ -76,8 +82,38 @@ class SettingsTable:
             found = self._known[key] = Settings(dict(key))
         return found
 
+    def note_spelling(self, brought: Settings, spelled: Settings) -> None:
+        """A server has accepted what clients bring, and spells it like this."""
+        for name, value in brought.values.items():
+            self._spellings[name, value] = spelled.values[name]
+        while len(self._spellings) > _MOST_SPELLINGS:
+            self._spellings.popitem(last=False)
+
+    def is_known(self, settings: Settings) -> bool:
+        """Whether every value has been accepted before; then its canonical form is known, too."""
+        if settings.is_proven:
+            return True
+        spelled: dict[bytes, bytes] = {}
+        for name, value in settings.values.items():
+            known = self._spellings.get((name, value))
+            if known is None and name == b"application_name" and _is_plain(value):
+                known = value
+            if known is None:
+                return False
+            spelled[name] = known
+        canonical = self.intern(spelled)
+        canonical.is_proven = settings.is_proven = True
+        if canonical is not settings:
+            settings.canonical = canonical
+        return True
+
     def with_value(self, settings: Settings, name: bytes, value: bytes) -> Settings:
         return self.intern({**settings.values, name: value})
+
+
+def _is_plain(application_name: bytes) -> bool:
+    """PostgreSQL takes it as it is (NAMEDATALEN; other characters are replaced)."""
+    return len(application_name) < 64 and _printable(application_name) is not None
 
 
 def from_startup(message: StartupMessage, reported: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
