@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import asyncpg
+import psycopg
 import pytest
 
 from sidecar.errors import ServerError, ServerProtocolError, SidecarError, TlsFailed
@@ -21,7 +22,7 @@ from sidecar.pool.server import cancel_query, clock
 from sidecar.protocol import messages as m
 from tests.certificates import Authority, Certificate, self_signed
 from tests.debian_postgres import TlsPostgres
-from tests.server_connection import Reader, ask, encryption, opened, refused
+from tests.server_connection import Reader, Tap, ask, encryption, end, opened, refused
 from tests.sidecar_process import PATIENCE
 from tests.wire import SSL_REQUEST, error
 
@@ -420,7 +421,7 @@ class Liar:
     def __exit__(self, *_: object) -> None:
         # now: what the other side has closed, it closes only when its event loop runs again
         for each in (self._socket, *self._connections):
-            _end(each)
+            end(each)
         self._thread.join(5)
         self._socket.close()
 
@@ -529,60 +530,6 @@ async def test_cancel_request_is_not_sent_in_the_clear_where_the_server_has_no_t
             assert server.secret not in b"".join(tap.seen)
 
 
-class Tap:
-    """Passes bytes on to a port, and keeps what clients said."""
-
-    def __init__(self, to: int) -> None:
-        self._to = to
-        self.seen: list[bytes] = []
-        self._sockets: list[socket.socket] = []
-
-    def __enter__(self) -> "Tap":
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.port = self._socket.getsockname()[1]
-        self._threads = [threading.Thread(target=self._accept, daemon=True)]
-        self._threads[0].start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for each in (self._socket, *self._sockets):
-            _end(each)
-        for thread in self._threads:
-            thread.join(5)
-        for each in (self._socket, *self._sockets):
-            each.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._socket.accept()
-            except OSError:
-                return
-            server = socket.create_connection(("127.0.0.1", self._to))
-            self._sockets += [client, server]
-            for args in ((client, server, self.seen), (server, client, [])):
-                self._threads.append(threading.Thread(target=_pass, args=args, daemon=True))
-                self._threads[-1].start()
-
-
-def _end(sock: socket.socket) -> None:
-    """Wake who waits for it."""
-    try:
-        sock.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass  # it has ended already
-
-
-def _pass(source: socket.socket, sink: socket.socket, seen: list[bytes]) -> None:
-    try:
-        while data := source.recv(65536):
-            seen.append(data)
-            sink.sendall(data)
-        sink.shutdown(socket.SHUT_WR)
-    except OSError:
-        pass  # the other direction ended it
-
-
 async def test_pool_works_over_tls(verified, tls_postgres, make_service):
     sidecar = await make_service(
         f"{verified}&application_name=pool&channel_binding=require", max_size=2
@@ -685,6 +632,38 @@ async def test_direct_tls_is_spoken_from_the_first_byte_on(
         await outer.stop()
         assert SSL_REQUEST not in b"".join(tap.seen)
         assert tap.seen[0][0] == 0x16, "a TLS handshake"
+
+
+async def test_both_ways_are_bound_to_their_tls(tls_postgres, make_service, tmp_path):
+    """libpq with channel_binding=require to the sidecar, the sidecar with it to PostgreSQL."""
+    certificate, key = tls_postgres.authority.issue("localhost").write(tmp_path, "server")
+    sidecar = await make_service(
+        tls_postgres.dsn(
+            host="localhost",
+            sslmode="verify-full",
+            sslrootcert=str(tls_postgres.root),
+            channel_binding="require",
+        ),
+        listen={
+            "auth": "scram-sha-256",
+            "tls_cert_file": str(certificate),
+            "tls_key_file": str(key),
+        },
+    )
+    client = await psycopg.AsyncConnection.connect(
+        host="localhost",
+        port=sidecar.pg_port,
+        user="postgres",
+        password=tls_postgres.password,
+        dbname="main",
+        sslmode="verify-full",
+        sslrootcert=str(tls_postgres.root),
+        channel_binding="require",
+        require_auth="scram-sha-256",
+    )
+    async with client:
+        seen = await client.execute("select version from pg_stat_ssl where pid = pg_backend_pid()")
+        assert await seen.fetchone() == (NEWEST,)
 
 
 async def test_server_that_knows_no_direct_tls_is_told(tls_postgres):
