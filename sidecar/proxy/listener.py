@@ -27,6 +27,7 @@ from sidecar.proxy.directory import Directory
 from sidecar.proxy.guests import Console, Guest, NoConsole
 from sidecar.proxy.limits import Limits, limits_of
 from sidecar.proxy.login import Login
+from sidecar.proxy.places import Places
 from sidecar.proxy.relay import PoolTables, Relay
 from sidecar.proxy.session import Session
 from sidecar.proxy.sweeper import Sweeper
@@ -59,6 +60,7 @@ class PgListener:
         self._servers: list[asyncio.Server] = []
         self._socket_path: Path | None = None
         self._logins: set[Session] = set()
+        self._places: Final = Places(config)
         self._relays: set[Relay | Guest] = set()
         self._keys: dict[int, list[Relay | Guest]] = {}
         """By the pid of their cancel keys. Those who keep a server connection have its backend's, one
@@ -179,7 +181,10 @@ class PgListener:
     def leave(self, tables: PoolTables, client: object) -> None:
         self._directory.leave(tables, client)
 
-    def admit(self) -> None:
+    def admit_login(self, session: Session) -> None:
+        self._places.admit_login(session)
+
+    def admit(self, user: str, pool: PoolConfig) -> None:
         limit = self._config.listen.max_clients
         if self.is_draining:
             raise PoolClosed("the connection pool is shutting down")
@@ -189,6 +194,7 @@ class PgListener:
                 detail=f"{limit} clients are connected to the pool.",
                 hint="The limit is listen.max_clients.",
             )
+        self._places.admit(user, pool.name)
 
     def check_enabled(self, pool: str) -> None:
         if pool in self.disabled:
@@ -219,6 +225,7 @@ class PgListener:
         self._relays.add(relay)
         if isinstance(relay, Relay):
             relay.tables.clients.add(relay)
+            self._places.enter(relay, relay.client.user, relay.tables.pool.name)
             self._sweeper.came(relay)
         self._keys.setdefault(pid, []).append(relay)
 
@@ -226,6 +233,7 @@ class PgListener:
         self._relays.discard(relay)
         if isinstance(relay, Relay):
             self._directory.leave(relay.tables, relay)
+            self._places.leave(relay)
             self._sweeper.gone(relay)
         sharing = self._keys.get(relay.pid)
         if sharing is not None and relay in sharing:
@@ -254,6 +262,7 @@ class PgListener:
 
     def login_ended(self, session: Session, outcome: ClientOutcome | None) -> None:
         self._logins.discard(session)
+        self._places.login_ended(session)
         if outcome is not None:
             self._observer.client_ended(Listener.PG, outcome)
 

@@ -66,7 +66,10 @@ class Host(Protocol):
 
     def limits(self, pool: PoolConfig, user: str) -> Limits: ...
 
-    def admit(self) -> None:
+    def admit_login(self, session: "Session") -> None:
+        """Raises PoolSaturated if no further client may be in login."""
+
+    def admit(self, user: str, pool: PoolConfig) -> None:
         """Raises PoolSaturated or PoolClosed if no further client is allowed."""
 
     def check_enabled(self, pool: str) -> None:
@@ -197,6 +200,7 @@ class Session:
                 await asyncio.wait((arriving,), timeout=deadline - 0.1 - clock())
             self._transport.close()
             return None
+        self._host.admit_login(self)
         self._check(packet)
         user = packet.text(b"user")
         database = packet.text(b"database") or user
@@ -208,13 +212,14 @@ class Session:
             assert no_pool is not None
             raise no_pool
         self._host.check_enabled(pool.name)
-        self._host.admit()
+        self._host.admit(user, pool)
         tables = self._host.enter(pool, login, self)
         try:
             # 0.1 s: its message says more than ours
             await tables.pool.opener.wait_for_parameters(deadline - 0.1)
             if self._is_closed:
                 raise _Gone
+            self._host.admit(user, pool)  # others may have come in meanwhile
             settings = tables.settings.intern(from_startup(packet, tables.pool.opener.parameters))
             tables.settings.is_known(settings)
             client = Client(user, database, self.address)
