@@ -61,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pgsidecar {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="run the sidecar until SIGTERM or Ctrl-C")
+    run = commands.add_parser(
+        "run", help="run the sidecar until SIGTERM or Ctrl-C; SIGHUP reloads the file"
+    )
     _add_config(run)
     run.set_defaults(run=_run)
 
@@ -115,12 +117,13 @@ async def _run(options: argparse.Namespace) -> int:
     config = load(options.config, os.environ)
     logs.set_up(config.log.level, config.log.format)
     _raise_file_limit(config)
-    service = Service(config)
+    service = Service(config, source=lambda: load(options.config, os.environ))
     await service.start()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, service.reload_soon)
     stopped = asyncio.create_task(stop.wait())
     ended = asyncio.create_task(service.wait())
     await asyncio.wait((stopped, ended), return_when=asyncio.FIRST_COMPLETED)

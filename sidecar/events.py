@@ -291,6 +291,12 @@ class Traffic:
         self.server_received = 0
         self.server_sent = 0
 
+    def add(self, other: "Traffic") -> None:
+        self.client_received += other.client_received
+        self.client_sent += other.client_sent
+        self.server_received += other.server_received
+        self.server_sent += other.server_sent
+
 
 class PoolObserver(Protocol):
     """What one pool reports. Calls are synchronous, cheap and never raise. Durations in seconds."""

@@ -5,11 +5,11 @@ Owns no state of the pools or of the listener: it reads theirs, and calls what t
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Final
 
 from sidecar.config import Config
-from sidecar.console.facts import PoolFacts, Totals
+from sidecar.console.facts import Changes, PoolFacts, Totals
 from sidecar.errors import SidecarError
 from sidecar.events import (
     AcquireOutcome,
@@ -30,13 +30,18 @@ log = logging.getLogger("pgsidecar")
 
 class Operations:
     def __init__(
-        self, config: Config, recorder: Recorder, shut_down: Callable[[Stop], None]
+        self,
+        config: Config,
+        recorder: Recorder,
+        shut_down: Callable[[Stop], None],
+        reload: Callable[[], Awaitable[Changes]],
     ) -> None:
         self.config = config
         self.listener: PgListener | None = None  # as soon as there is one
         self.directory: Directory | None = None  # so
         self._recorder: Final = recorder
         self._shut_down: Final = shut_down
+        self._reload: Final = reload
 
     # -- seeing --------------------------------------------------------------------------------
 
@@ -152,8 +157,20 @@ class Operations:
         disabled = self._clients.disabled
         self._clients.disabled = disabled.difference(pools) if enabled else disabled.union(pools)
 
+    async def reload(self) -> Changes:
+        return await self._reload()
+
     def shut_down(self, stop: Stop) -> None:
         self._shut_down(stop)
+
+    def apply(self, config: Config) -> None:
+        """Take over what a reload may change; clients of pools that are gone are sent away."""
+        self.config = config
+        self._clients.reconfigure(config)
+        gone = self._directory.reconfigure(config, clock())
+        for relay in self._clients.relays():
+            if relay.pool in gone:
+                relay.shut_down()
 
     def _named(self, names: Sequence[str]) -> list[Pool]:
         return [pool for pool in self._directory if pool.name in names]

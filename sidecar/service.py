@@ -11,14 +11,16 @@ opened or a cancel request, and lives in the same TaskGroup.
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from prometheus_client import CollectorRegistry
 
 from sidecar.api.server import HttpServer
 from sidecar.config import Config
+from sidecar.config_changes import changed, needs_restart, taken_over
 from sidecar.console.desk import Desk
+from sidecar.console.facts import Changes
 from sidecar.errors import ConfigError
 from sidecar.events import Observer, PoolSnapshot, Stop
 from sidecar.observe.metrics import MetricsText
@@ -38,15 +40,23 @@ _CLOSE_TIMEOUT: Final = 3.0
 
 
 class Service:
-    """``start`` and ``stop``, once each. ``observer`` replaces the recorder in the query path."""
+    """``start`` and ``stop``, once each. ``observer`` replaces the recorder in the query path;
+    ``source`` reads the configuration again, in a thread."""
 
-    def __init__(self, config: Config, observer: Observer | None = None) -> None:
-        self.config: Final = config
+    def __init__(
+        self,
+        config: Config,
+        observer: Observer | None = None,
+        source: Callable[[], Config] | None = None,
+    ) -> None:
+        self.config = config
+        self._source: Final = source
+        self._reloading: Final = asyncio.Lock()
         self.recorder: Final = Recorder(
             [(pool.name, pool.slow_query_threshold) for pool in config.pools.values()], clock
         )
         self._observer: Final[Observer] = self.recorder if observer is None else observer
-        self.operations: Final = Operations(config, self.recorder, self.shut_down)
+        self.operations: Final = Operations(config, self.recorder, self.shut_down, self.reload)
         self._directory: Directory | None = None
         self._stop = Stop.CLIENTS_GONE
         self._listener: PgListener | None = None
@@ -105,6 +115,52 @@ class Service:
         """Begin to stop, or go on with more haste."""
         self._stop = max(how, self._stop)
         self._stopping.set()
+
+    async def reload(self) -> Changes:
+        """Read the configuration again and take over what can change now.
+
+        Raises ConfigError, and then nothing has changed.
+        """
+        async with self._reloading:  # of two, the later one has to win
+            try:
+                if self._source is None:
+                    raise ConfigError("this sidecar was not started from a file")
+                given = await asyncio.to_thread(self._source)
+                config = taken_over(self.config, given)
+            except ConfigError as exc:
+                self.recorder.config_refused()
+                log.error("configuration not reloaded", extra={"cause": exc.message})
+                raise
+            return self._take_over(config, given)
+
+    def _take_over(self, config: Config, given: Config) -> Changes:
+        different = changed(self.config, given)
+        restart = [option for option in different if needs_restart(option)]
+        applied = [option for option in different if not needs_restart(option)]
+        if config.log.level != self.config.log.level:
+            logging.getLogger("pgsidecar").setLevel(config.log.level.upper())
+        self.config = config
+        self.recorder.config_read(
+            [(pool.name, pool.slow_query_threshold) for pool in config.pools.values()]
+        )
+        self.operations.apply(config)
+        log.info(
+            "configuration reloaded",
+            extra={"changed": ",".join(applied), "needs_restart": ",".join(restart)},
+        )
+        return Changes(applied, restart)
+
+    def reload_soon(self) -> None:
+        """The same, for a signal: what is wrong is in the log."""
+        self._spawn(self._reload_and_log())
+
+    async def _reload_and_log(self) -> None:
+        try:
+            await self.reload()
+        except ConfigError:
+            pass  # logged
+        except Exception:
+            log.exception("configuration not reloaded")
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -172,7 +228,7 @@ class Service:
 
     async def _drain(self) -> None:
         assert self._listener is not None
-        log.info("draining", extra={"clients": self._listener.clients, "until": self._stop.name})
+        log.info("draining", extra={"clients": self._listener.clients})
         self._listener.stop_accepting()
         has_sent_away = False
         deadline: float | None = None

@@ -85,6 +85,7 @@ event_loop_lag_seconds                      histogram
 metrics_render_seconds                      gauge
 build_info                                  gauge      version revision python_version
 config_last_reload_success_timestamp_seconds gauge
+config_last_reload_successful gauge
 """
 
 

@@ -71,6 +71,7 @@ FAMILIES = {
     "metrics_render_seconds": "gauge",
     "build_info": "gauge",
     "config_last_reload_success_timestamp_seconds": "gauge",
+    "config_last_reload_successful": "gauge",
 }
 """The contract, by name without prefix, and its types."""
 

@@ -18,7 +18,7 @@ from sidecar.console.facts import Averages, Control, View
 from sidecar.console.rows import Column, columns
 from sidecar.console.session import Answer, ConsoleSession, Spawn
 from sidecar.console.tables import TABLES
-from sidecar.errors import AuthenticationFailed, SidecarError
+from sidecar.errors import AuthenticationFailed, ConfigError, SidecarError
 from sidecar.events import ClientSnapshot, Stop, Traffic
 
 PGBOUNCER: Final = "pgbouncer"
@@ -125,7 +125,7 @@ class Desk:
             case Verb.SHUTDOWN:
                 self._control.shut_down(_STOPS[command.argument])
             case Verb.RELOAD:
-                raise commands.refuse(command.verb)
+                return await self._reload()
             case _:
                 await self._steer(command.verb, self._control.meant(command.argument))
         return Answer(command.verb)
@@ -156,6 +156,22 @@ class Desk:
         except BaseException:
             self._control.resume(fresh)
             raise
+
+    async def _reload(self) -> Answer:
+        try:
+            changes = await self._control.reload()
+        except ConfigError as exc:
+            raise SidecarError(
+                "the configuration cannot be used, nothing was changed",
+                detail=exc.message,
+                sqlstate=exc.sqlstate,
+            ) from exc
+        notices = [
+            (f"{option} changes with a restart only", "") for option in changes.needs_restart
+        ]
+        if changes.applied:
+            notices.append((f"changed: {', '.join(changes.applied)}", ""))
+        return Answer(Verb.RELOAD, notices=notices)
 
     def _kill_client(self, id: int) -> None:
         if self._control.kill_client(id):

@@ -4,7 +4,7 @@ Pure. ``service`` implements ``Control``; snapshots of clients and server connec
 ``events``.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -59,7 +59,7 @@ class PoolFacts:
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What a RELOAD changed, and what it could not."""
+    """The options that a RELOAD changed, and those that it could not."""
 
     applied: Sequence[str]
     needs_restart: Sequence[str]
@@ -111,6 +111,9 @@ class Control(Protocol):
 
     def set_enabled(self, pools: Sequence[str], enabled: bool) -> None:
         """Whether new clients may log in."""
+
+    def reload(self) -> Awaitable[Changes]:
+        """Read the configuration again. Raises ConfigError, and then nothing has changed."""
 
     def shut_down(self, stop: Stop) -> None: ...
 

@@ -12,6 +12,7 @@ from typing import Final
 
 from sidecar import __version__
 from sidecar.config import Config, redacted
+from sidecar.config_changes import needs_restart
 from sidecar.config_values import CONSOLE_DATABASE
 from sidecar.console import beyond
 from sidecar.console.facts import PoolFacts, Totals, View
@@ -269,16 +270,6 @@ def _state(view: View) -> Iterator[Row]:
     yield ("active", "no" if paused else "yes")
     yield ("paused", "yes" if paused else "no")
     yield ("suspended", "no")
-
-
-_RESTART: Final = (
-    *("listen.host", "listen.port", "listen.unix_socket_dir", "http.", "log.format"),
-)
-
-
-def needs_restart(option: str) -> bool:
-    """Whether a RELOAD cannot change it."""
-    return option.startswith(_RESTART)
 
 
 def _config(view: View) -> Iterator[Row]:

@@ -50,10 +50,8 @@ from sidecar.observe.recorder import (
 from sidecar.observe.sketch import WINDOWS
 
 
-def catalogue(
-    pools: Iterable[str], revision: str, config_read_at: float
-) -> Iterable[Family[Scrape]]:
-    """All families, in the order of the page. ``config_read_at`` is a unix time."""
+def catalogue(pools: Iterable[str], revision: str) -> Iterable[Family[Scrape]]:
+    """All families, in the order of the page."""
     per_pool = PerPool(pools)
     yield from _pool_families(per_pool)
     yield from _connection_families(per_pool)
@@ -61,7 +59,7 @@ def catalogue(
     yield from _transaction_families(per_pool)
     yield from _state_families(per_pool)
     yield from _client_families()
-    yield from _sidecar_families(revision, config_read_at)
+    yield from _sidecar_families(revision)
 
 
 def _pool_families(pools: PerPool) -> Iterable[ScrapeFamily]:
@@ -332,7 +330,7 @@ def _client_families() -> Iterable[ScrapeFamily]:
     )
 
 
-def _sidecar_families(revision: str, config_read_at: float) -> Iterable[ScrapeFamily]:
+def _sidecar_families(revision: str) -> Iterable[ScrapeFamily]:
     yield histogram(
         "event_loop_lag_seconds",
         "How late the event loop ran its timers.",
@@ -359,7 +357,12 @@ def _sidecar_families(revision: str, config_read_at: float) -> Iterable[ScrapeFa
     yield metric(
         "config_last_reload_success_timestamp_seconds",
         "Unix time when the configuration in force was read.",
-        lambda scrape: [config_read_at],
+        lambda scrape: [scrape.recorder.config_read_at],
+    )
+    yield metric(
+        "config_last_reload_successful",
+        "Whether the last attempt to read the configuration went well.",
+        lambda scrape: [int(scrape.recorder.is_config_read)],
     )
 
 

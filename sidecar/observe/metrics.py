@@ -44,15 +44,22 @@ class MetricsText:
         self._registry = registry
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
-        self._exposition = Exposition(
-            catalogue(recorder.pools, revision, config_read_at=time.time())
-        )
+        self._revision = revision
+        self._pools: tuple[str, ...] = ()
+        self._build()
+
+    def _build(self) -> None:
+        """All that is the same in every scrape; a reload may bring other pools."""
+        self._pools = tuple(self._recorder.pools)
+        self._exposition = Exposition(catalogue(self._pools, self._revision))
 
     def own_text(self, format: Format) -> str:
         """All metrics but those of the process."""
         began = time.perf_counter()
         now = self._recorder.clock()
         self._recorder.tick(now)  # the windows are up to date even where the loop was held up
+        if self._pools != tuple(self._recorder.pools):
+            self._build()
         snapshots = {snapshot.name: snapshot for snapshot in self.pools()}
         pools = [
             PoolScrape(pool, snapshots[name], _latency(pool, now))

@@ -344,6 +344,8 @@ class Recorder:
         self, pools: Sequence[tuple[str, float]], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.clock = clock
+        self.config_read_at = time.time()
+        self.is_config_read = True  # the last attempt went well
         now = clock()
         self.pools: dict[str, PoolRecorder] = {}
         for name, threshold in pools:
@@ -359,6 +361,24 @@ class Recorder:
     def pool(self, name: str) -> PoolRecorder:
         return self.pools[name]
 
+    def config_read(self, pools: Sequence[tuple[str, float]]) -> None:
+        """A new configuration is in force, with these pools. Counts of those that stay go on."""
+        self.config_read_at = time.time()
+        self.is_config_read = True
+        now = self.clock()
+        before = self.pools
+        self.pools = {}
+        for name, threshold in pools:
+            recorder = before.get(name) or PoolRecorder(name, threshold, now)
+            recorder.slow_query_threshold = threshold
+            self.pools[name] = recorder
+        for name in before.keys() - self.pools.keys():  # a counter never falls
+            self.traffic.add(before[name].traffic)
+
+    def config_refused(self) -> None:
+        """The configuration could not be read again."""
+        self.is_config_read = False
+
     def pool_traffic(self, name: str) -> Traffic:
         return self.pools[name].traffic
 
@@ -368,7 +388,7 @@ class Recorder:
     def login_timed_out(self, pool: str | None) -> None:
         if pool is None:
             self.logins_timed_out += 1
-        else:
+        elif pool in self.pools:  # a reload may have taken it away
             self.pools[pool].timed_out(TimeoutKind.LOGIN)
 
     def expect_http(self, route: str, method: str, code: int) -> None:

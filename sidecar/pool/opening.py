@@ -56,7 +56,7 @@ class Opener:
         self.parameters: dict[bytes, bytes] = {}
         """ParameterStatus of the first connection: what a client is told at its login."""
         self.owed = 0  # lost connections not yet replaced
-        self._config: Final = config
+        self.config = config
         self._observer: Final = observer
         self._state: Final = state
         self._spawn: Final = spawn
@@ -148,11 +148,11 @@ class Opener:
     async def _open(self, server: ServerConnection, reason: ConnectReason) -> None:
         started = clock()
         try:
-            await server.open(started + self._config.connect_timeout)
+            await server.open(started + self.config.connect_timeout)
         except (OSError, SidecarError) as exc:  # TimeoutError is an OSError
             self._failed(server, reason, exc)
         except Exception as exc:
-            log.exception("login to the server failed", extra={"pool": self._config.name})
+            log.exception("login to the server failed", extra={"pool": self.config.name})
             self._failed(server, reason, exc)
         except BaseException:
             self._remove(server)
@@ -164,7 +164,7 @@ class Opener:
     def _failed(self, server: ServerConnection, reason: ConnectReason, exc: Exception) -> None:
         self._remove(server)
         server.abort()
-        if self._share is not None and not self._config.target.user:
+        if self._share is not None and not self.config.target.user:
             exc = health.hinted(exc, server.target)
         phase, cause = health.explain(exc, has_connected=server.has_connected)
         self._observer.connection_failed(phase, cause)
@@ -179,8 +179,8 @@ class Opener:
         log.warning(
             "cannot connect to the server",
             extra={
-                "pool": self._config.name,
-                "server": self._config.target.describe(),
+                "pool": self.config.name,
+                "server": self.config.target.describe(),
                 "cause": health.describe(exc),
                 "attempt": self._backoff.failures,
                 "next_attempt_in": round(delay, 3),
@@ -196,7 +196,7 @@ class Opener:
 
     def _succeeded(self, server: ServerConnection, reason: ConnectReason, started: float) -> None:
         now = clock()
-        pool = self._config.name
+        pool = self.config.name
         if server.state is not ConnectionState.CONNECTING:
             return  # closed meanwhile
         if not self._is_doubtful:
@@ -211,7 +211,7 @@ class Opener:
         server.opened_at = now
         server.status_since = now
         if server.age_limit >= 0.0:  # else it is to be replaced already
-            lifetime = self._config.max_lifetime
+            lifetime = self.config.max_lifetime
             server.age_limit = now + lifetime * self._rng.uniform(1.0 - LIFETIME_JITTER, 1.0)
         self._observer.connection_opened(reason, now - started)
         if reason is ConnectReason.RECONNECT:
@@ -251,7 +251,7 @@ class Opener:
         """The error for a login whose time is over."""
         if self._share is None or self.last_failure is not None or self._state.size:
             return self.unavailable()
-        name, limit = self._config.name, self._config.max_size
+        name, limit = self.config.name, self.config.max_size
         return AcquireTimeout(
             f"no connection from template {name!r} in {clock() - since:.1f} s",
             detail=f"Its pools have all {limit} connections in use.",
@@ -272,13 +272,13 @@ class Opener:
         """The error for who waited while there was no connection at all, or none to be had."""
         if self.is_paused:
             return AcquireTimeout(
-                f"no connection from pool {self._config.name!r}: it is paused",
+                f"no connection from pool {self.config.name!r}: it is paused",
                 hint="An administrator has paused it; RESUME at the console lets it go on.",
             )
         cause = f": {self.why_down()}" if self.last_failure is not None else ""
         return ServerUnavailable(
-            f"pool {self._config.name!r} cannot reach PostgreSQL at "
-            f"{self._config.target.describe()}{cause}",
+            f"pool {self.config.name!r} cannot reach PostgreSQL at "
+            f"{self.config.target.describe()}{cause}",
             hint="The pool keeps trying; retry later.",
         )
 

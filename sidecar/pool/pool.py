@@ -81,7 +81,7 @@ class Pool:
     ) -> None:
         """Of a template: ``target`` is the pool's own, ``budget`` that of all pools of it, ``share``
         does what the budget decides."""
-        self.config: Final = config
+        self.config = config
         self.name: Final = config.name
         self.target = target or config.target  # for the connections to be opened
         self.budget: Final = budget
@@ -91,9 +91,7 @@ class Pool:
         self.state: Final[PoolState[ServerConnection, Waiter]] = PoolState(
             config.max_size, config.min_idle, config.max_waiting
         )
-        self.resets_always: Final = (
-            config.mode is PoolMode.SESSION or config.reset is ResetPolicy.ALWAYS
-        )
+        self.resets_always = config.mode is PoolMode.SESSION or config.reset is ResetPolicy.ALWAYS
         self.is_closing = False
         self.last_ping = 0.0  # unix time
         self.opener: Final = Opener(

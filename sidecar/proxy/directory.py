@@ -16,7 +16,7 @@ from typing import Final
 
 from sidecar.config import Config, PoolConfig, ServerTarget
 from sidecar.events import Observer, PoolObserver, PoolSnapshot, Traffic
-from sidecar.pool import health
+from sidecar.pool import health, steering
 from sidecar.pool.budget import Budget
 from sidecar.pool.opening import Spawn
 from sidecar.pool.pool import Pool
@@ -30,25 +30,72 @@ log = logging.getLogger("pgsidecar.proxy")
 
 class Directory:
     def __init__(self, config: Config, observer: Observer, spawn: Spawn) -> None:
+        self._observer: Final = observer
+        self._spawn: Final = spawn
         self._fixed: Final[dict[str, PoolTables]] = {}
         self._templates: Final[dict[str, _Template]] = {}
         self.paused: frozenset[str] = frozenset()
         """Entries of the configuration that are paused, by name."""
-        self._names: Final = list(config.pools)
-        for name, each in config.pools.items():
-            told = observer.pool(name), observer.pool_traffic(name)
-            if each.is_template:
-                self._templates[name] = _Template(each, *told, spawn)
-            else:
-                self._fixed[name] = PoolTables(Pool(each, *told, spawn))
+        self._gone: list[PoolTables] = []  # pools that a reload took away, while they have clients
+        self._gone_templates: list[_Template] = []  # so
+        self._config = config
+        for each in config.pools.values():
+            self._add(each)
+
+    def _add(self, config: PoolConfig) -> None:
+        name = config.name
+        told = self._observer.pool(name), self._observer.pool_traffic(name)
+        if config.is_template:
+            self._templates[name] = _Template(config, *told, self._spawn)
+        else:
+            pool = Pool(config, *told, self._spawn)
+            pool.opener.is_paused = name in self.paused
+            self._fixed[name] = PoolTables(pool)
 
     def __iter__(self) -> Iterator[Pool]:
         """All pools there are now; several of a template have its name."""
-        for name in self._names:
+        for name in self._config.pools:
             if name in self._fixed:
                 yield self._fixed[name].pool
             else:
                 yield from (tables.pool for tables in self._templates[name].pools.values())
+        yield from (tables.pool for tables in self._gone)
+        for template in self._gone_templates:
+            yield from (tables.pool for tables in template.pools.values())
+
+    # -- reload --------------------------------------------------------------------------------
+
+    def reconfigure(self, config: Config, now: float) -> list[Pool]:
+        """Take over a new configuration. Returns the pools that are gone: they close, and their
+        clients are to be sent away. A pool with another mode is another pool, and so is a template
+        with any other option."""
+        old, self._config = self._config, config
+        gone: list[Pool] = []
+        for name, before in old.pools.items():
+            after = config.pools.get(name)
+            if after is None or _is_another(before, after):
+                gone += self._remove(name)
+        for name, after in config.pools.items():
+            if name in self._fixed:
+                if after != old.pools[name]:
+                    steering.reconfigure(self._fixed[name].pool, after, now)
+            elif name not in self._templates:
+                self._add(after)
+                if name in self._fixed:
+                    self._fixed[name].pool.start(now)
+        for pool in gone:
+            pool.close(now)
+        self.paused = self.paused.intersection(config.pools)
+        return gone
+
+    def _remove(self, name: str) -> list[Pool]:
+        if name in self._templates:
+            template = self._templates.pop(name)
+            self._gone_templates.append(template)
+            return [tables.pool for tables in template.pools.values()]
+        tables = self._fixed.pop(name)
+        self._gone.append(tables)
+        return [tables.pool]
 
     @property
     def fixed(self) -> dict[str, Pool]:
@@ -71,7 +118,10 @@ class Directory:
         tables.clients.discard(client)
         config = tables.pool.config
         if config.is_template and not tables.clients:
-            self._templates[config.name].left(tables)
+            for template in (*self._templates.values(), *self._gone_templates):
+                if tables in template.pools.values():
+                    template.left(tables)
+                    return
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -84,8 +134,12 @@ class Directory:
         """Sweep every deadline of the pools; called every 100 ms."""
         for tables in self._fixed.values():
             tables.pool.tick(now)
-        for template in self._templates.values():
+        for template in (*self._templates.values(), *self._gone_templates):
             template.tick(now)
+        for tables in self._gone:
+            tables.pool.tick(now)
+        self._gone = [each for each in self._gone if each.pool.state.size or each.clients]
+        self._gone_templates = [each for each in self._gone_templates if each.pools]
 
     def snapshots(self, now: float) -> list[PoolSnapshot]:
         """One for each entry of the configuration, all pools of a template in one."""
@@ -93,7 +147,7 @@ class Directory:
             self._fixed[name].pool.snapshot(now)
             if name in self._fixed
             else self._templates[name].snapshot(now)
-            for name in self._names
+            for name in self._config.pools
         ]
 
 
@@ -174,6 +228,12 @@ class _Template:
         pools = list(self._budget.members())
         parts = [pool.snapshot(now) for pool in pools]
         return in_one(self._config, parts, is_up=not any(map(_is_down, pools)))
+
+
+def _is_another(before: PoolConfig, after: PoolConfig) -> bool:
+    if before.mode is not after.mode:
+        return True
+    return before.is_template and before != after
 
 
 def _target_of(template: ServerTarget, login: Login) -> ServerTarget:

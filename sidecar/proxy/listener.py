@@ -53,7 +53,7 @@ class PgListener:
         console: Console | None = None,
     ) -> None:
         self.console: Final = console or NoConsole()
-        self._config: Final = config
+        self._config = config
         self._directory: Final = directory
         self._observer: Final = observer
         self._spawn: Final = spawn
@@ -68,16 +68,24 @@ class PgListener:
         self._ids = count(1)
         self._sweeper: Final = Sweeper(clock())
         self._next_pid = secrets.randbelow(1 << 30) + 1
-        self._certificates: Certificates | None = None
-        if config.listen.tls_cert_file is not None and config.listen.tls_mode != "disable":
-            self._certificates = Certificates(config.listen)
+        self._certificates = _certificates_of(config)
         self.is_draining = False
         self.disabled: frozenset[str] = frozenset()
         """Pools that take no new clients, by name."""
-        self.authenticator: Final = Authenticator(config)
+        self.authenticator = Authenticator(config)
         self.traffic: Final = observer.traffic
-        self.login_timeout: Final = config.listen.login_timeout
+        self.login_timeout = config.listen.login_timeout
         self.address: tuple[str, int] = (config.listen.host, config.listen.port)
+
+    def reconfigure(self, config: Config) -> None:
+        """For logins from now on; what is under way goes on by the old one."""
+        old, self._config = self._config, config
+        self.authenticator = Authenticator(config)
+        self.login_timeout = config.listen.login_timeout
+        if old.listen != config.listen:
+            self._certificates = _certificates_of(config)
+        for remark in remarks(config):
+            log.warning(remark)
 
     # -- sockets -------------------------------------------------------------------------------
 
@@ -282,6 +290,12 @@ class PgListener:
         """Read the files of TLS now. Raises ConfigError, and then goes on with what it had."""
         if self._certificates is not None:
             await self._certificates.load()
+
+
+def _certificates_of(config: Config) -> Certificates | None:
+    if config.listen.tls_cert_file is None or config.listen.tls_mode == "disable":
+        return None
+    return Certificates(config.listen)
 
 
 def _remove_stale_socket(path: Path) -> None:
