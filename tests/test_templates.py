@@ -146,6 +146,48 @@ async def test_a_dsn_may_name_the_user_or_the_database(
         await client.close()
 
 
+async def test_names_are_taken_as_they_are(
+    tenants: EmbeddedPostgres, make_templates: MakeTemplates
+) -> None:
+    """Quotes, blanks, letters beyond ASCII, and a star: a name is a name."""
+    name = "tenant 'ü' \"*\" %s = $1"
+    quoted = name.replace('"', '""')
+    tenants.psql(f'CREATE DATABASE "{quoted}"; CREATE ROLE "{quoted}" LOGIN;')
+    sidecar = await make_templates({"tenant*": {"dsn": at(tenants)}})
+    client = await asyncpg.connect(
+        host="127.0.0.1", port=sidecar.pg_port, user=name, database=name, ssl=False
+    )
+    assert tuple(await client.fetchrow(WHO)) == (name, name)
+    await client.close()
+    metrics = await sidecar.metrics()
+    assert metrics.value("pgsidecar_pool_connections", pool="tenant*", state="idle") == 1
+    assert "%s" not in metrics.text
+
+
+async def test_sessions_share_the_budget_too(
+    tenants: EmbeddedPostgres, make_templates: MakeTemplates
+) -> None:
+    """Who keeps a connection for its session makes others wait, and the next one gets its place."""
+    sidecar = await make_templates(
+        {"*": {"dsn": at(tenants), "max_size": 2, "mode": "session"}}, login_timeout="30s"
+    )
+    dsns = [sidecar.dsn(user=f"tenant_{n}", database=f"tenant_{n}") for n in range(6)]
+    done: list[int] = []
+
+    async def visit(number: int) -> None:
+        client = await asyncpg.connect(dsns[number])
+        await client.execute("SET work_mem = '1MB'")
+        await asyncio.sleep(0.05)
+        assert await client.fetchval("SELECT current_database()") == f"tenant_{number}"
+        await client.close()
+        done.append(number)
+
+    with watched(tenants) as counts:
+        await asyncio.gather(*(visit(number) for number in range(6)))
+    assert sorted(done) == list(range(6))
+    assert max(counts) <= 2
+
+
 async def test_it_starts_and_is_ready_with_templates_only(
     tenants: EmbeddedPostgres, make_templates: MakeTemplates
 ) -> None:
@@ -374,7 +416,7 @@ async def test_a_server_that_is_not_there_is_waited_for_and_told(
     with pytest.raises(asyncpg.PostgresError) as caught:
         await login
     assert caught.value.sqlstate == "08001"
-    assert pools(sidecar) == []
+    await come_true(lambda: not pools(sidecar), "its last attempt is over")
     assert await asyncio.to_thread(sidecar.get, "/readyz") == (200, "ok\n")
 
 
