@@ -119,6 +119,9 @@ def test_the_number_of_clients_changes(sidecar):
     sidecar.reload(listen={"max_clients": 2})
     with sidecar.login(), pytest.raises(AssertionError, match="too many clients"):
         sidecar.login()
+    sidecar.reload(max_clients=1)
+    with sidecar.login(), pytest.raises(AssertionError, match="53300"):
+        sidecar.login()
 
 
 def test_another_dsn_means_other_connections(sidecar, own_postgres):

@@ -80,6 +80,7 @@ class PgListener:
     def reconfigure(self, config: Config) -> None:
         """For logins from now on; what is under way goes on by the old one."""
         old, self._config = self._config, config
+        self._places.config = config
         self.authenticator = Authenticator(config)
         self.login_timeout = config.listen.login_timeout
         if old.listen != config.listen:

@@ -11,7 +11,7 @@ from sidecar.errors import PoolSaturated
 
 class Places:
     def __init__(self, config: Config) -> None:
-        self._config: Final = config
+        self.config = config  # a reload brings another
         self._logins: Final[set[object]] = set()
         self._clients: Final[dict[object, tuple[str, str]]] = {}
         """User and pool of each client."""
@@ -23,7 +23,7 @@ class Places:
     def admit_login(self, session: object) -> None:
         """Raises PoolSaturated. A client counts from its startup packet on: before, it may as well be a
         cancel request, which makes room rather than takes it, and comes over TLS, too."""
-        limit = self._config.listen.max_logins
+        limit = self.config.listen.max_logins
         if limit and len(self._logins) >= limit:
             raise PoolSaturated(
                 "sorry, too many clients in login already",
@@ -39,14 +39,14 @@ class Places:
 
     def admit(self, user: str, pool: str) -> None:
         """Raises PoolSaturated. For those who have proved who they are: strangers learn nothing."""
-        entry = self._config.users.get(user)
+        entry = self.config.users.get(user)
         if entry is not None and _is_reached(entry.max_clients, self._of_user.get(user)):
             raise PoolSaturated(
                 f'too many connections for user "{user}"',
                 detail=f"{entry.max_clients} clients of this user are connected.",
                 hint=f"The limit is users.{user}.max_clients.",
             )
-        limit = self._config.pools[pool].max_clients
+        limit = self.config.pools[pool].max_clients
         if _is_reached(limit, self._of_pool.get(pool)):
             raise PoolSaturated(
                 f'too many connections for pool "{pool}"',

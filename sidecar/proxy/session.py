@@ -208,6 +208,7 @@ class Session:
             return await self._log_in_to_console(packet, user, database, deadline)
         pool, no_pool = self._find_pool(database)
         login = await self._host.authenticator.authenticate(self, user, database, pool, deadline)
+        pool, no_pool = self._find_pool(database)  # again: a reload may have come between
         if pool is None:
             assert no_pool is not None
             raise no_pool
