@@ -68,6 +68,7 @@ class ServerConnection:
         "custom_settings",
         "cycle_failed",
         "deadline",
+        "described",
         "effects",
         "expected",
         "has_connected",
@@ -131,6 +132,9 @@ class ServerConnection:
         self.expected: deque[int] = deque()  # replies owed, see proxy.relay
         self.automatic = 0  # of them without a reply of the server's own
         self.undo: deque[Any] = deque()
+        self.described: deque[Any] = (
+            deque()
+        )  # proxy.prepared.Prepared, of our Describes that are owed
         self.operations: deque[int] = deque()  # of the queries that run or are queued
         self.query_started = 0.0  # of the first of them
         self.query_is_slow = False

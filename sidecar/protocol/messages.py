@@ -68,6 +68,7 @@ _INT: Final = struct.Struct("!I")
 
 PARSE_COMPLETE_MESSAGE: Final = b"1\x00\x00\x00\x04"
 SYNC_MESSAGE: Final = b"S\x00\x00\x00\x04"
+FLUSH_MESSAGE: Final = b"H\x00\x00\x00\x04"
 TERMINATE_MESSAGE: Final = b"X\x00\x00\x00\x04"
 READY_IDLE_MESSAGE: Final = b"Z\x00\x00\x00\x05I"
 
@@ -88,6 +89,10 @@ def parse(name: bytes, rest: bytes) -> bytes:
 
 def close_statement(name: bytes) -> bytes:
     return message(CLOSE, b"S" + name + b"\0")
+
+
+def describe_statement(name: bytes) -> bytes:
+    return message(DESCRIBE, b"S" + name + b"\0")
 
 
 def authentication(code: int, data: bytes = b"") -> bytes:

@@ -29,7 +29,8 @@ OUR_SYNC: Final = 10  # behind a Flush: the client would keep the connection, bu
 REFUSED_QUERY: Final = 12  # in its place the server got what it has to refuse; the error is ours
 REFUSED_PARSE: Final = 13
 DEALLOCATED: Final = 14  # a Sync in place of a Query that was DEALLOCATE of a renamed statement
-LAST: Final = 14
+OUR_DESCRIBE: Final = 15  # of a named statement, behind its Parse
+LAST: Final = 15
 
 REFUSED: Final = (REFUSED_QUERY, REFUSED_PARSE)
 
@@ -75,6 +76,8 @@ def skip_to_sync(server: ServerConnection) -> int:
             queries += 1
         elif code in _WITH_UNDO:
             skipped.append((code, server.undo.popleft()))
+        elif code == OUR_DESCRIBE:
+            server.described.popleft()
     for code, undo in reversed(skipped):  # what was done last is undone first
         _undo(server, code, undo)
     server.is_skipping = not expected

@@ -22,6 +22,10 @@ NO_BLOCKS: Final = m.error_response(
 )
 
 
+STALE_PLAN: Final = m.error_response("ERROR", _SQLSTATE, "cached plan must not change result type")
+"""PostgreSQL's words (plancache.c)."""
+
+
 def refused_effects(config: PoolConfig) -> int:
     """The effects that no statement may have in this pool, see ``sql``."""
     is_refusing = config.pin is PinPolicy.REFUSE and config.mode is not PoolMode.SESSION

@@ -22,11 +22,13 @@ class Prepared:
     """A statement that clients of a pool prepared by name: text, parameter types and dialect are
     its identity, the name is the one it has on server connections."""
 
-    __slots__ = ("__weakref__", "name", "operation", "parse", "query")
+    __slots__ = ("__weakref__", "is_stale", "name", "operation", "parse", "query", "shape")
 
     def __init__(self, name: bytes, parse: bytes, query: Query) -> None:
         self.name: Final = name
         self.parse: Final = parse  # the whole Parse message under that name
+        self.shape: bytes | None = None  # types of parameters and columns, once a server has told
+        self.is_stale = False  # they are others now: who has it has to prepare it anew
         self.operation: Final = query.operation
         self.query: Final = query if query.effects else None  # where it may leave something behind
 
@@ -37,6 +39,10 @@ class PreparedTable:
     def __init__(self) -> None:
         self._numbers = count(1)
         self._known: WeakValueDictionary[tuple[bytes, bytes], Prepared] = WeakValueDictionary()
+
+    def renew(self) -> None:
+        """A table has changed: who prepares from now on shares nothing with who did before."""
+        self._known.clear()
 
     def __len__(self) -> int:
         return len(self._known)
@@ -53,6 +59,21 @@ class PreparedTable:
             found = Prepared(name, parse, query)
             self._known[definition, dialect] = found
         return found
+
+
+def shape(parameters: bytes, columns: bytes) -> bytes:
+    """What a client relies on of a ParameterDescription and a RowDescription (bodies; empty: NoData).
+
+    Of a column its name, type and modifier, not the table it comes from: those are what PostgreSQL
+    compares (plancache.c, RevalidateCachedQuery). Raises ValueError if malformed.
+    """
+    parts = [parameters]
+    pos = 2
+    while pos < len(columns):
+        end = columns.index(0, pos) + 1
+        parts.append(columns[pos:end] + columns[end + 6 : end + 10] + columns[end + 12 : end + 16])
+        pos = end + 18
+    return b"\0".join(parts)
 
 
 def touch(server: ServerConnection, statement: Prepared) -> bool:

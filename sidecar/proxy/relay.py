@@ -29,7 +29,7 @@ from sidecar.proxy.limits import CANCEL, CLIENT_IDLE, QUERY, Limits, Over
 from sidecar.proxy.pins import Inquiry, reason_of
 from sidecar.proxy.policy import refused_effects
 from sidecar.proxy.prepared import PreparedTable
-from sidecar.proxy.replies import Replies
+from sidecar.proxy.replies import CHECKED, Replies
 from sidecar.proxy.requests import Requests, TextCache
 from sidecar.proxy.settings import Settings, SettingsTable
 from sidecar.proxy.unleased import GOODBYE, IGNORED_SYNC, NEED, Unleased
@@ -198,7 +198,7 @@ class Relay:
             self._setup_rest += data
             if len(self._setup_rest) > HELD_BACK:
                 self.transport.pause_reading()
-        elif requests.awaits_sync:
+        elif requests.awaits_sync or requests.awaits_check is not None:
             self._hold_back(data)
         elif server.lacks and self.replies.is_at_rest and server.tx_status == m.IDLE:
             self._set_back(server, data)
@@ -616,13 +616,22 @@ class Relay:
 
     def _note_values(self, server: ServerConnection, replies: Replies) -> None:
         carrier, requests = self.carrier, self.requests
-        carrier.note_values(server, replies.values, requests.resets)
-        requests.resets = NONE
+        values = [value for value in replies.values if value != CHECKED]
+        is_checked = len(values) < len(replies.values)
         replies.values.clear()
+        if values:
+            carrier.note_values(server, values, requests.resets)
+            requests.resets = NONE
         requests.dialect = carrier.settings.dialect
         news = carrier.take_news()
         if news:
             self._write(news)
+        if is_checked and requests.awaits_check is not None:
+            requests.checked(server)
+            data, requests.rest = requests.rest, b""
+            if len(data) > HELD_BACK:
+                self.transport.resume_reading()
+            self._forward(server, data, clock())
 
     # -- limits --------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from sidecar.events import ErrorOrigin, PoolObserver
 from sidecar.pool.server import ServerConnection
 from sidecar.protocol import messages as m
 from sidecar.proxy import expect
+from sidecar.proxy.prepared import Prepared, shape
 from sidecar.proxy.requests import Requests
 from sidecar.sql import LOAD, SETTING, UNDO, UNNAMED
 
@@ -38,6 +39,9 @@ _KNOWN: Final = _UNSETTLING | {
     *(m.CLOSE_COMPLETE, m.ERROR_RESPONSE, m.EMPTY_QUERY_RESPONSE, m.PORTAL_SUSPENDED),
     m.COPY_IN_RESPONSE,
 }
+
+CHECKED: Final = b"\0"
+"""Among the values that the relay notes: our Describe has been answered."""
 
 RESET: Final = b""
 """Among the values that the relay notes: settings have been reset. No ParameterStatus is empty."""
@@ -68,6 +72,7 @@ class Replies:
         "_holds_lease",
         "_observer",
         "_out",
+        "_parameters",
         "_requests",
         "_start",
         "_threshold",
@@ -95,6 +100,7 @@ class Replies:
         self.held = b""  # the beginning of a message, or what follows the end of the lease
         self._has_rolled_back = False  # in this cycle
         self._out: list[bytes] | None = None
+        self._parameters = b""  # of the statement that we describe
         self._start = 0
         self.incoming = 0  # bytes of a message that are still to come
         self.is_at_rest = True  # the last thing the server said was ReadyForQuery, nothing is owed
@@ -158,7 +164,9 @@ class Replies:
                     raise ServerProtocolError(
                         f"invalid message from the server: type {kind} of {length} bytes"
                     )
-                if kind not in _STREAMED and size - pos < _HELD:
+                if (
+                    kind not in _STREAMED or (expected and expected[0] == expect.OUR_DESCRIBE)
+                ) and size - pos < _HELD:
                     break
             if kind == m.COMMAND_COMPLETE:
                 self._complete(server, data, pos + 5, now)
@@ -174,6 +182,11 @@ class Replies:
             elif kind == m.ROW_DESCRIPTION or kind == m.NO_DATA:
                 if expected and expected[0] == m.DESCRIBE:
                     expected.popleft()
+                elif expected and expected[0] == expect.OUR_DESCRIBE:
+                    self._described(server, kind, data, pos, end)
+            elif kind == m.PARAMETER_DESCRIPTION:
+                if expected and expected[0] == expect.OUR_DESCRIBE:
+                    self._described(server, kind, data, pos, end)
             elif kind == m.BIND_COMPLETE:
                 if not expected or expected.popleft() != m.BIND:
                     raise ServerProtocolError("BindComplete from the server answers no request")
@@ -234,6 +247,28 @@ class Replies:
             raise ServerProtocolError("ParseComplete from the server answers no request")
         if head != expect.PARSE_NAMED:
             self._cut(data, pos, end)
+
+    def _described(
+        self, server: ServerConnection, kind: int, data: bytes, pos: int, end: int
+    ) -> None:
+        """The answer to our own Describe, which the client does not see."""
+        self._cut(data, pos, end)
+        if kind == m.PARAMETER_DESCRIPTION:
+            self._parameters = data[pos + 5 : end]
+            return
+        server.expected.popleft()
+        statement: Prepared = server.described.popleft()
+        columns = data[pos + 5 : end] if kind == m.ROW_DESCRIPTION else b""
+        try:
+            found = shape(self._parameters, columns)
+        except ValueError as exc:
+            raise ServerProtocolError("malformed RowDescription from the server") from exc
+        if statement.shape is None:
+            statement.shape = found
+        elif statement.shape != found:
+            statement.is_stale = True
+        if self._requests.awaits_check is statement:
+            self.values.append(CHECKED)
 
     def _closed(self, server: ServerConnection, data: bytes, pos: int, end: int) -> None:
         head = server.expected.popleft() if server.expected else 0
@@ -367,6 +402,8 @@ class Replies:
         if b"\0VFATAL\0" in body or b"\0VPANIC\0" in body:
             server.last_error = sqlstate
             self.said_fatal = True
+        if b"\0RRevalidateCachedQuery\0" in body:
+            self._requests.renew_statements()
         expected = server.expected
         if expected and expected[0] not in _ENDS_BY_ITSELF:
             has_parse, has_ours = m.PARSE in expected, expect.OUR_UNNAMED_PARSE in expected
@@ -381,6 +418,8 @@ class Replies:
                 self._query_done(server, now)
                 for _ in range(dropped - 1):
                     server.operations.popleft()
+            if self._requests.awaits_check is not None and expect.OUR_DESCRIBE not in expected:
+                self.values.append(CHECKED)
 
     def abandon(self, server: ServerConnection, now: float) -> None:
         """The lease ends in the middle: account for what was under way."""

@@ -87,6 +87,10 @@ def check_header(kind: int, length: int) -> None:
         raise ClientProtocolError(f"invalid message length: {length} bytes")
 
 
+class _Unsure(Exception):
+    """Before this message goes on, the server has to confirm what the client was told."""
+
+
 class Requests:
     """The requests of one client."""
 
@@ -106,6 +110,7 @@ class Requests:
         "_statements",
         "_unnamed",
         "_unnamed_parse",
+        "awaits_check",
         "awaits_sync",
         "dialect",
         "has_failed",
@@ -143,6 +148,7 @@ class Requests:
         self._has_unnamed = False  # this connection has it
         self._has_bound = False  # a portal, since the last Sync
         self.awaits_sync = False  # our own Sync is on its way
+        self.awaits_check: Prepared | None = None  # our Describe of it is, and what uses it waits
         self.has_failed = False  # before it: the client expects to be ignored up to its own Sync
         self._operation = int(Operation.OTHER)  # of the last Bind
         self._out: list[bytes] | None = None
@@ -166,6 +172,10 @@ class Requests:
         """The client said DEALLOCATE ALL or DISCARD ALL."""
         self._statements.clear()
 
+    def renew_statements(self) -> None:
+        """The server has found one of its plans out of date. Others will be, too."""
+        self._prepared.renew()
+
     def miss_unnamed(self) -> None:
         """Our Parse of it, on this connection, was skipped."""
         self._has_unnamed = False
@@ -188,7 +198,10 @@ class Requests:
                 return
             pos = self.passing
             self.passing = 0
-        pos = self._inspect(server, data, pos, size, now)
+        try:
+            pos = self._inspect(server, data, pos, size, now)
+        except _Unsure as exc:
+            pos = exc.args[0]
         done = min(pos, size)
         if self._out is not None:
             self._out.append(data[self._start : done])
@@ -374,7 +387,8 @@ class Requests:
             server.expected.append(expect.PARSE_TAKEN)
             return
         self._statements[name] = statement
-        if prepared.touch(server, statement):
+        is_new = not prepared.touch(server, statement)
+        if not is_new:
             self._observer.parsed(True)
             self._replace(data, pos, end, b"")
             server.expected.append(expect.FAKE_PARSE)
@@ -386,6 +400,15 @@ class Requests:
             server.prepared[statement] = None
             server.expected.append(expect.PARSE_NAMED)
         server.undo.append((self._statements, name, statement))
+        if is_new and statement.shape is None:
+            self._describe_ourselves(server, statement, data, end)
+
+    def _describe_ourselves(
+        self, server: ServerConnection, statement: Prepared, data: bytes, pos: int
+    ) -> None:
+        self._piece(data, pos).append(m.describe_statement(statement.name))
+        server.expected.append(expect.OUR_DESCRIBE)
+        server.described.append(statement)
 
     def _replaces_parse(
         self, server: ServerConnection, query: Query, text: bytes, data: bytes, pos: int, end: int
@@ -398,10 +421,12 @@ class Requests:
             return True
         if not (query.effects & DEALLOCATE and self._renames and data[pos + 5] == 0):
             return False
-        statement = self._statements.pop(deallocated(text), None)
+        name = deallocated(text)
+        statement = self._statements.get(name)
         if statement is None:
             return False
         self._ensure(server, statement, data, pos)
+        del self._statements[name]
         instead = m.parse(b"", b'DEALLOCATE "%b"\0\0\0' % statement.name)
         self._replace(data, pos, end, instead)
         server.expected.append(m.PARSE)
@@ -459,7 +484,10 @@ class Requests:
         if not self._renames:
             return
         if statement is not None:
-            self._ensure(server, statement, data, pos)
+            if statement.is_stale:
+                self._refuse_stale(server, data, pos)
+            else:
+                self._ensure(server, statement, data, pos)
             name_there = statement.name
         elif name.startswith(prepared.PREFIX):
             name_there = name + b"?"  # not this client's: the server shall not find it
@@ -491,6 +519,7 @@ class Requests:
             server.expected.append(expect.OUR_UNNAMED_CLOSE)
 
     def _ensure(self, server: ServerConnection, statement: Prepared, data: bytes, pos: int) -> None:
+        """Raises _Unsure if the message at ``pos`` has to wait."""
         if prepared.touch(server, statement):
             return
         self._observer.parsed(False)
@@ -499,6 +528,27 @@ class Requests:
         server.prepared[statement] = None
         server.expected.append(expect.OUR_PARSE)
         server.undo.append((None, b"", statement))
+        self._describe_ourselves(server, statement, data, pos)
+        if statement.shape is not None:
+            # On this connection it is prepared later than the client was told its types: only when
+            # they are still the same may it be used.
+            self._piece(data, pos).append(m.FLUSH_MESSAGE)
+            self.awaits_check = statement
+            raise _Unsure(pos)
+
+    def _refuse_stale(self, server: ServerConnection, data: bytes, pos: int) -> None:
+        """As on a connection of the client's own, the statement fails until it is prepared anew."""
+        self._piece(data, pos).append(m.parse(b"", _REFUSED + b"\0\0\0"))
+        server.expected.append(expect.REFUSED_PARSE)
+        self.refusal = policy.STALE_PLAN
+
+    def checked(self, server: ServerConnection) -> None:
+        """The server has answered: what waits may go on, or is refused if the types have changed."""
+        statement = self.awaits_check
+        assert statement is not None
+        self.awaits_check = None
+        if statement.is_stale:
+            self._prepared.renew()
 
     def _make_room(self, server: ServerConnection, data: bytes, pos: int) -> None:
         oldest = prepared.oldest(server, self._statement_limit)

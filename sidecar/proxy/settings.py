@@ -150,6 +150,8 @@ def change(before: Mapping[bytes, bytes], after: Mapping[bytes, bytes]) -> bytes
     statements = [b"RESET " + _name(name) for name in before if name not in after]
     for name, value in after.items():
         if before.get(name) != value:
+            if name == b"datestyle" and name in before and b"," not in value:
+                statements.append(b"RESET datestyle")  # half a style keeps the other half
             statements.append(_assign(name, value))
     return b";".join(statements)
 
