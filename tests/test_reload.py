@@ -71,6 +71,16 @@ def sidecar(make_process, postgres, tmp_path) -> Iterator[Reloaded]:
 # -- what changes at once --------------------------------------------------------------------------
 
 
+def test_timeouts_of_clients_change_at_once(sidecar):
+    """Also for those who are logged in."""
+    with sidecar.login() as busy, sidecar.login() as idle:
+        assert busy.value("SELECT pg_sleep(0.4)") == ""
+        sidecar.reload(query_timeout="200ms", client_idle_timeout="300ms")
+        assert error(busy.ask(query("SELECT pg_sleep(5)")))["C"] == "57014"
+        assert error(idle.until_closed())["C"] == "57P05"
+        sidecar.reload(query_timeout="0", client_idle_timeout="0")
+
+
 def test_limits_of_a_pool_change_at_once(sidecar):
     with sidecar.login() as client:
         before = client.value("SELECT pg_backend_pid()")

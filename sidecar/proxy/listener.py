@@ -78,13 +78,19 @@ class PgListener:
         self.address: tuple[str, int] = (config.listen.host, config.listen.port)
 
     def reconfigure(self, config: Config) -> None:
-        """For logins from now on; what is under way goes on by the old one."""
+        """For logins from now on, and for the limits of all clients; other things that are under way
+        go on by the old one."""
         old, self._config = self._config, config
         self._places.config = config
         self.authenticator = Authenticator(config)
         self.login_timeout = config.listen.login_timeout
         if old.listen != config.listen:
             self._certificates = _certificates_of(config)
+        for relay in self._relays:
+            if isinstance(relay, Relay) and relay.tables.pool.name in config.pools:
+                pool = config.pools[relay.tables.pool.name]
+                relay.limits = self.limits(pool, relay.client.user)
+                self._sweeper.came(relay)
         for remark in remarks(config):
             log.warning(remark)
 
