@@ -19,6 +19,8 @@ import pytest
 from sidecar import check
 from sidecar.config_file import parse
 from sidecar.demo.postgres import EmbeddedPostgres
+from sidecar.errors import SidecarError
+from sidecar.proxy.login import Login
 from tests.conftest import MakePostgres
 from tests.sidecar_process import PATIENCE, POLL, ServiceHere, come_true
 
@@ -619,3 +621,16 @@ async def test_log_ins_by_the_hundred_share_few_connections(
         await asyncio.gather(*(visit(number) for number in range(100)))
     assert max(counts) == 1
     await asyncio.sleep(POLL)
+
+
+async def test_a_login_whose_template_a_reload_has_removed_is_refused(
+    tenants: EmbeddedPostgres, make_templates: MakeTemplates
+) -> None:
+    """It had found the template before it proved who it is; that takes a while."""
+    sidecar = await make_templates({"*": {"dsn": at(tenants)}, "other*": {"dsn": at(tenants)}})
+    directory, before = sidecar.service.directory, sidecar.service.config.pools["*"]
+    text = json.dumps({"pools": {"other*": {"dsn": at(tenants)}}})
+    directory.reconfigure(parse(text, {}, "test"), time.monotonic())
+    with pytest.raises(SidecarError) as caught:
+        directory.enter(before, Login("tenant_1", "tenant_1"), object())
+    assert caught.value.sqlstate == "3D000"

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Final
 
 from sidecar.config import Config, PoolConfig, ServerTarget
+from sidecar.errors import SidecarError
 from sidecar.events import Observer, PoolObserver, PoolSnapshot, Traffic
 from sidecar.pool import health, steering
 from sidecar.pool.budget import Budget
@@ -105,7 +106,12 @@ class Directory:
     # -- clients -------------------------------------------------------------------------------
 
     def enter(self, config: PoolConfig, login: Login, client: object) -> PoolTables:
-        """The pool for this login; it stays at least until ``client`` leaves it."""
+        """The pool for this login; it stays at least until ``client`` leaves it.
+
+        SidecarError (3D000) if a reload has removed the entry since the login began.
+        """
+        if config.name not in self._config.pools:
+            raise SidecarError(f'database "{login.database}" does not exist', sqlstate="3D000")
         if config.is_template:
             tables = self._templates[config.name].enter(login, client)
             tables.pool.opener.is_paused = config.name in self.paused
