@@ -294,12 +294,21 @@ class PoolConfig(Section):
                 "with auth_query, and a dsn that names no user or no database; allowed: with"
                 " auth_dsn, too"
             )
+        if self.auth_query and "$1" not in self.auth_query:
+            raise ValueError(
+                "with auth_query, and no $1 in it; allowed: with $1 for the user's name"
+            )
         return self
 
     @property
     def is_template(self) -> bool:
         """Its name is a pattern: a pool for each database and user that clients ask for."""
         return "*" in self.name
+
+    @property
+    def auth_target(self) -> ServerTarget:
+        """Where ``auth_query`` is run."""
+        return self.target if self.auth_dsn is None else parse_dsn(self.auth_dsn.get_secret_value())
 
     @property
     def target(self) -> ServerTarget:
@@ -383,9 +392,12 @@ class Config(Section):
 def remarks(config: Config) -> list[str]:
     """What is odd about ``listen.hba``: rules that can never match, or that are risky."""
     listen = config.listen
-    databases = {CONSOLE_DATABASE}
+    databases: set[str] | None = {CONSOLE_DATABASE}
     for name, pool in config.pools.items():
-        databases |= {name, pool.target.database}
+        if pool.is_template:
+            databases = None  # a client can ask for whatever fits the pattern
+        elif databases is not None:
+            databases |= {name, pool.target.database}
     return odd_rules(
         listen.rules,
         has_tls=listen.tls_cert_file is not None and listen.tls_mode != "disable",

@@ -14,6 +14,7 @@ from pydantic import SecretStr
 from sidecar.config import Config, PoolConfig
 from sidecar.errors import AuthenticationFailed, ClientProtocolError
 from sidecar.hba import Method, Peer, Rule, first_match
+from sidecar.pool.opening import Spawn
 from sidecar.pool.server import clock
 from sidecar.protocol import messages as m
 from sidecar.protocol.authentication import (
@@ -55,29 +56,34 @@ class Unproven(Protocol):
 
 
 class Authenticator:
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, spawn: Spawn) -> None:
         self._rules: Final = config.listen.rules
         self._default: Final = Method(config.listen.auth)
         self._delay: Final = config.listen.auth_failure_delay
-        self._credentials: Final = Credentials(config.users, config.pools)
+        self._credentials: Final = Credentials(config.users, config.pools, spawn)
 
     async def authenticate(
         self, client: Unproven, user: str, database: str, pool: PoolConfig | None, deadline: float
     ) -> Login:
         """Raises AuthenticationFailed, after a delay that ends before ``deadline``."""
         try:
-            return await self._prove(client, user, database, pool)
+            return await self._prove(client, user, database, pool, deadline)
         except AuthenticationFailed as exc:
             where = {"client": client.address, "user": user, "pool": pool and pool.name}
             if name := client.certificate_name():
                 where["certificate"] = name
             log.warning("authentication failed", extra=where)
+            self._credentials.forget(user, pool)
             if exc.sqlstate.startswith("28"):
                 await client.linger(min(self._delay, deadline - 0.1 - clock()))
             raise
 
+    def close(self) -> None:
+        """At the stop."""
+        self._credentials.close()
+
     async def _prove(
-        self, client: Unproven, user: str, database: str, pool: PoolConfig | None
+        self, client: Unproven, user: str, database: str, pool: PoolConfig | None, deadline: float
     ) -> Login:
         rule = self._rule(client, user, database, pool) if self._rules else None
         method = self._default if rule is None else rule.method
@@ -85,9 +91,9 @@ class Authenticator:
             _check_certificate(rule, client.certificate_name(), user)
         match method:
             case Method.SCRAM:
-                return await self._scram(client, user, database, pool)
+                return await self._scram(client, user, database, pool, deadline)
             case Method.PASSWORD:
-                return await self._password(client, user, database, pool)
+                return await self._password(client, user, database, pool, deadline)
             case Method.TRUST | Method.CERT:
                 return Login(user, database, password=await self._credentials.password(user))
             case Method.REJECT:
@@ -113,15 +119,15 @@ class Authenticator:
 
     # -- passwords -----------------------------------------------------------------------------
 
-    async def _credential(self, user: str, pool: PoolConfig | None) -> Credential:
+    async def _credential(self, user: str, pool: PoolConfig | None, deadline: float) -> Credential:
         """Of a user that is not known, one that nobody can satisfy."""
-        found = await self._credentials.find(user, pool)
+        found = await self._credentials.find(user, pool, deadline)
         return found or Credential(mock_verifier(user))
 
     async def _scram(
-        self, client: Unproven, user: str, database: str, pool: PoolConfig | None
+        self, client: Unproven, user: str, database: str, pool: PoolConfig | None, deadline: float
     ) -> Login:
-        credential = await self._credential(user, pool)
+        credential = await self._credential(user, pool, deadline)
         offered = [MECHANISM.encode()]
         if client.end_point is not None:
             offered.insert(0, MECHANISM_PLUS.encode())
@@ -144,7 +150,7 @@ class Authenticator:
         return Login(user, database, exchange.keys, credential.password)
 
     async def _password(
-        self, client: Unproven, user: str, database: str, pool: PoolConfig | None
+        self, client: Unproven, user: str, database: str, pool: PoolConfig | None, deadline: float
     ) -> Login:
         client.write(m.authentication(m.AUTH_CLEARTEXT))
         body = await client.password_message()
@@ -154,7 +160,7 @@ class Authenticator:
             said = body[:-1].decode()
         except UnicodeDecodeError:
             raise _wrong_password(user) from None
-        credential = await self._credential(user, pool)
+        credential = await self._credential(user, pool, deadline)
         # in a thread: PBKDF2 would stall every client for milliseconds
         if not await asyncio.to_thread(knows_password, credential.verifier, said):
             raise _wrong_password(user)

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pydantic import SecretStr
 
 from sidecar.config import PoolConfig, UserConfig
+from sidecar.pool.opening import Spawn
 from sidecar.protocol.authentication import ScramVerifier, make_verifier, parse_verifier
+from sidecar.proxy.lookup import Lookup
 
 log = logging.getLogger("pgsidecar.proxy")
 
@@ -31,15 +33,22 @@ class Credential:
 
 
 class Credentials:
-    def __init__(self, users: Mapping[str, UserConfig], pools: Mapping[str, PoolConfig]) -> None:
+    def __init__(
+        self, users: Mapping[str, UserConfig], pools: Mapping[str, PoolConfig], spawn: Spawn
+    ) -> None:
         self._users = users
         self._pools = pools
-        self._made: dict[tuple[str | None, str], tuple[str, asyncio.Future[ScramVerifier]]] = {}
+        self._lookups = {
+            name: Lookup(pool, spawn) for name, pool in pools.items() if pool.auth_query
+        }
+        self._made: dict[
+            tuple[str | None, str], tuple[SecretStr, asyncio.Future[ScramVerifier]]
+        ] = {}
         """By pool (None: of ``users``) and user: the password, and the verifier made of it."""
 
-    async def find(self, user: str, pool: PoolConfig | None) -> Credential | None:
-        """Of ``users``, else of the pool's connection string; None for anybody else, and for a user
-        whose password file cannot be used.
+    async def find(self, user: str, pool: PoolConfig | None, deadline: float) -> Credential | None:
+        """Of ``users``, else of the pool's connection string, else of its ``auth_query``; None for
+        anybody else, and for a user whose password file cannot be used.
 
         Without a pool the client has named one that does not exist. That is told to those who may
         know: the users of all connection strings.
@@ -54,7 +63,19 @@ class Credentials:
             target = each.target
             if target.user == user and target.password is not None:
                 return await self._made_of(each.name, user, target.password)
-        return None
+        lookup = None if pool is None else self._lookups.get(pool.name)
+        verifier = None if lookup is None else await lookup.find(user, deadline)
+        return None if verifier is None else Credential(verifier)
+
+    def forget(self, user: str, pool: PoolConfig | None) -> None:
+        """A login failed: what has been looked up may be out of date."""
+        lookup = None if pool is None else self._lookups.get(pool.name)
+        if lookup is not None:
+            lookup.forget(user)
+
+    def close(self) -> None:
+        for lookup in self._lookups.values():
+            lookup.close()
 
     async def password(self, user: str) -> SecretStr | None:
         """The password that ``users`` has for this user, if any."""
@@ -75,11 +96,11 @@ class Credentials:
             return None
 
     async def _made_of(self, pool: str | None, user: str, secret: SecretStr) -> Credential:
-        password = secret.get_secret_value()
         known, made = self._made.get((pool, user), (None, None))
-        if made is None or known != password:
-            made = asyncio.get_running_loop().run_in_executor(None, make_verifier, password)
-            self._made[pool, user] = password, made
+        if made is None or known != secret:
+            loop = asyncio.get_running_loop()
+            made = loop.run_in_executor(None, make_verifier, secret.get_secret_value())
+            self._made[pool, user] = secret, made
         await asyncio.wait((made,))  # not "await made": who is cancelled would cancel it for all
         return Credential(made.result(), secret)
 

@@ -72,7 +72,7 @@ class PgListener:
         self.is_draining = False
         self.disabled: frozenset[str] = frozenset()
         """Pools that take no new clients, by name."""
-        self.authenticator = Authenticator(config)
+        self.authenticator = Authenticator(config, spawn)
         self.traffic: Final = observer.traffic
         self.login_timeout = config.listen.login_timeout
         self.address: tuple[str, int] = (config.listen.host, config.listen.port)
@@ -82,7 +82,8 @@ class PgListener:
         go on by the old one."""
         old, self._config = self._config, config
         self._places.config = config
-        self.authenticator = Authenticator(config)
+        self.authenticator.close()
+        self.authenticator = Authenticator(config, self._spawn)
         self.login_timeout = config.listen.login_timeout
         if old.listen != config.listen:
             self._certificates = _certificates_of(config)
@@ -91,8 +92,7 @@ class PgListener:
                 pool = config.pools[relay.tables.pool.name]
                 relay.limits = self.limits(pool, relay.client.user)
                 self._sweeper.came(relay)
-        for remark in remarks(config):
-            log.warning(remark)
+        _warn(config)
 
     # -- sockets -------------------------------------------------------------------------------
 
@@ -101,8 +101,7 @@ class PgListener:
         listen = self._config.listen
         if self._certificates is not None:
             await self._certificates.load()
-        for remark in remarks(self._config):
-            log.warning("rule in listen.hba", extra={"remark": remark})
+        _warn(self._config)
         loop = asyncio.get_running_loop()
         if listen.host:
             try:
@@ -167,6 +166,7 @@ class PgListener:
             relay.end()
         for session in list(self._logins):
             session.abort()
+        self.authenticator.close()
 
     # -- clients -------------------------------------------------------------------------------
 
@@ -303,6 +303,11 @@ def _certificates_of(config: Config) -> Certificates | None:
     if config.listen.tls_cert_file is None or config.listen.tls_mode == "disable":
         return None
     return Certificates(config.listen)
+
+
+def _warn(config: Config) -> None:
+    for remark in remarks(config):
+        log.warning("rule in listen.hba", extra={"remark": remark})
 
 
 def _remove_stale_socket(path: Path) -> None:
