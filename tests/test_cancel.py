@@ -1,7 +1,6 @@
 """Cancel requests: the query of who asked, or nothing."""
 
 import asyncio
-import random
 import signal
 import socket
 import struct
@@ -364,69 +363,3 @@ def postgres_on(way: SlowCancels, postgres: EmbeddedPostgres) -> EmbeddedPostgre
             return postgres.dsn(port=way.port, **overrides)
 
     return There()
-
-
-@pytest.mark.parametrize("mode", ["transaction", "session"])
-def test_storm_of_cancels_hits_nobody_else(postgres, mode):
-    """Hundreds of cancels at any moment; those who did not ask never see one.
-
-    A cancel names a backend, not a query: one that comes late hits whoever is next there.
-    """
-    bystanders, askers = (6, 4) if mode == "transaction" else (2, 2)
-    size = 3 if mode == "transaction" else bystanders + askers
-    with Sidecar(postgres, max_size=size, mode=mode) as sidecar:
-        stop = threading.Event()
-        problems: list[str] = []
-        counts = {"cancels": 0, "cancelled": 0, "untouched": 0}
-
-        def stand_by(number: int) -> None:
-            rng = random.Random(number)
-            with sidecar.login() as client:
-                while not stop.is_set():
-                    text = rng.choice(
-                        ["select 1", "select pg_sleep(0.001)", "select count(*) from pg_class"]
-                    )
-                    answer = client.ask(query(text) if rng.random() < 0.5 else run(text))
-                    if "E" in kinds(answer):
-                        problems.append(f"bystander: {error(answer)}")
-                    counts["untouched"] += 1
-
-        def ask_for_it(number: int) -> None:
-            rng = random.Random(100 + number)
-            with sidecar.login() as client:
-                for _ in range(150):
-                    if stop.is_set():
-                        return
-                    client.send(query(f"select pg_sleep({rng.choice([0, 0.0005, 0.002])})"))
-                    for _ in range(rng.randint(1, 2)):
-                        client.cancel()
-                        counts["cancels"] += 1
-                    answer = client.until_ready()
-                    if "E" in kinds(answer):
-                        counts["cancelled"] += 1
-                        if error(answer)["C"] != "57014":
-                            problems.append(f"asker: {error(answer)}")
-                    elif kinds(answer) != "TDCZ":
-                        problems.append(f"asker: {kinds(answer)}")
-                    # the request has been dealt with: this one is safe
-                    if kinds(client.ask(query("select 1"))) != "TDCZ":
-                        problems.append("asker: cancelled too late")
-
-        threads = [
-            threading.Thread(target=stand_by, args=(i,), daemon=True) for i in range(bystanders)
-        ]
-        asking = [
-            threading.Thread(target=ask_for_it, args=(i,), daemon=True) for i in range(askers)
-        ]
-        for thread in threads + asking:
-            thread.start()
-        for thread in asking:
-            thread.join(25)
-        stop.set()
-        for thread in threads + asking:
-            thread.join(PATIENCE)
-        assert problems == []
-        assert counts["cancels"] >= 150 * askers
-        assert counts["cancelled"] > 10
-        assert counts["untouched"] > 100
-        sidecar.until_whole()
