@@ -5,15 +5,18 @@ it can tell less: which databases and users there will be, is known to its clien
 """
 
 import asyncio
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from sidecar.config import Config, PoolConfig, ServerTarget, remarks
-from sidecar.errors import ServerError, SidecarError
+from sidecar.config import Config, ListenConfig, PoolConfig, ServerTarget, remarks
+from sidecar.errors import ConfigError, ServerError, SidecarError
 from sidecar.events import Traffic
 from sidecar.pool import health
 from sidecar.pool.server import ServerConnection, clock
 from sidecar.protocol import messages as m
+from sidecar.protocol.x509 import not_after
+from sidecar.proxy.certificates import read_identity
 
 _SOME_DATABASE = "postgres"
 """Where a template's user is tried: most servers have it."""
@@ -22,6 +25,10 @@ _LIMITS = m.query(
     b"SELECT current_setting('max_connections')::int"
     b" - current_setting('superuser_reserved_connections')::int"
 )
+
+
+_ENDS_SOON = 14
+"""Days before its end from which a certificate should have been renewed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,13 +134,59 @@ def _note(exc: Exception, target: ServerTarget) -> str:
     return ""
 
 
-def report(config: Config, findings: list[Finding]) -> str:
+@dataclass(frozen=True, slots=True)
+class TlsFinding:
+    """What the files of TLS to clients are good for."""
+
+    problem: str = ""
+    ends: float = 0.0  # when the certificate does, in seconds since 1970; 0: there is none
+
+    @property
+    def is_ok(self) -> bool:
+        return not self.problem
+
+
+def check_tls(listen: ListenConfig) -> TlsFinding:
+    """Read the files of TLS to clients, if there are any; blocks."""
+    if listen.tls_cert_file is None:
+        return TlsFinding()
+    try:
+        identity = read_identity(listen)
+        ends = not_after(identity.certificate)
+    except ConfigError as exc:
+        return TlsFinding(exc.message)
+    except (ValueError, IndexError):
+        return TlsFinding("listen.tls_cert_file: its end cannot be read")
+    if ends <= time.time():
+        return TlsFinding(f"listen.tls_cert_file: the certificate has expired ({_date(ends)})")
+    return TlsFinding(ends=ends)
+
+
+def _date(instant: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(instant))
+
+
+def _describe_tls(config: Config, tls: TlsFinding) -> Iterator[str]:
+    if tls.problem:
+        yield f"FAIL  TLS to clients: {tls.problem}"
+    elif tls.ends:
+        mode = {"disable": "disabled", "allow": "allowed", "require": "required"}
+        yield f"TLS to clients      {mode[config.listen.tls_mode]}, certificate good until {_date(tls.ends)}"
+        days = (tls.ends - time.time()) / 86400
+        if days < _ENDS_SOON:
+            yield f"warning: the certificate for clients ends in {days:.0f} days"
+    else:
+        yield "TLS to clients      none"
+
+
+def report(config: Config, findings: list[Finding], tls: TlsFinding) -> str:
     """The findings, to read."""
     rules = len(config.listen.rules)
     who = f"{rules} rules" if rules else config.listen.auth
     lines = [
         f"PostgreSQL clients  {config.listen.host}:{config.listen.port}"
         f"  (at most {config.listen.max_clients}, {who})",
+        *_describe_tls(config, tls),
         f"HTTP                {config.http.host}:{config.http.port}",
         *(f"warning: listen.hba, {remark}" for remark in remarks(config)),
         "",
@@ -142,7 +195,10 @@ def report(config: Config, findings: list[Finding]) -> str:
         lines.extend(_describe(finding))
     bad = sum(not finding.is_ok for finding in findings)
     lines.append("")
-    lines.append(f"{bad} of {len(findings)} pools cannot be used." if bad else "All is well.")
+    if bad:
+        lines.append(f"{bad} of {len(findings)} pools cannot be used.")
+    else:
+        lines.append("All is well." if tls.is_ok else "TLS to clients cannot be used.")
     return "\n".join(lines)
 
 

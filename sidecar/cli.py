@@ -152,12 +152,13 @@ def _raise_file_limit(config: Config) -> None:
 
 
 async def _check(options: argparse.Namespace) -> int:
-    from sidecar.check import check, report
+    from sidecar.check import check, check_tls, report
 
     config = load(options.config, os.environ)
     findings = await check(config)
-    print(report(config, findings))
-    return 0 if all(finding.is_ok for finding in findings) else 1
+    tls = await asyncio.to_thread(check_tls, config.listen)
+    print(report(config, findings, tls))
+    return 0 if tls.is_ok and all(finding.is_ok for finding in findings) else 1
 
 
 async def _demo(options: argparse.Namespace) -> int:

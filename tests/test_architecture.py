@@ -43,7 +43,7 @@ ROOMS = {
     "console": "protocol config config_changes config_values events errors",
     "operate": "console proxy pool observe config events errors",
     "service": "operate console config_changes api observe proxy pool config events errors",
-    "check": "pool protocol config events errors",
+    "check": "proxy pool protocol config events errors",
     "demo": "service observe config config_file events errors",
     "cli": "demo service check config config_file logs errors",
     "__main__": "cli",

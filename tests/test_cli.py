@@ -11,11 +11,13 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from cryptography import x509
 
 from sidecar import __version__
 from sidecar.demo.postgres import EmbeddedPostgres
 from sidecar.protocol import messages as m
 from tests.conftest import MakePostgres
+from tests.listener_files import DAY, ListenerFiles
 from tests.sidecar_process import (
     MakeProcess,
     Sidecar,
@@ -183,6 +185,50 @@ def test_check_fails_where_a_pool_does(own_postgres: MakePostgres, tmp_path: Pat
     assert done.stdout.endswith("\n2 of 3 pools cannot be used.\n")
     assert "topsecret" not in done.stdout + done.stderr
     assert str(server.password) not in done.stdout + done.stderr
+
+
+def test_check_tells_until_when_clients_can_use_tls(
+    postgres: EmbeddedPostgres, files: ListenerFiles, tmp_path: Path
+) -> None:
+    path = written(tmp_path, configuration(postgres.dsn(), listen=files.listen(auth="trust")))
+    done = pgsidecar("check", "--config", path)
+    assert (done.returncode, done.stderr) == (0, "")
+    certificate = x509.load_pem_x509_certificate(Path(files.certificate).read_bytes())
+    until = f"{certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
+    assert f"TLS to clients      allowed, certificate good until {until}\n" in done.stdout
+    assert "warning" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("days", "other_key", "code", "text"),
+    [
+        (-1, False, 1, "FAIL  TLS to clients: listen.tls_cert_file: the certificate has expired ("),
+        (9, False, 0, "warning: the certificate for clients ends in 9 days\n"),
+        (30, True, 1, "FAIL  TLS to clients: listen.tls_key_file: "),
+    ],
+)
+def test_check_finds_certificates_that_clients_cannot_use(
+    postgres: EmbeddedPostgres,
+    files: ListenerFiles,
+    tmp_path: Path,
+    days: int,
+    other_key: bool,
+    code: int,
+    text: str,
+) -> None:
+    made = files.authority.issue("localhost", ends=days * DAY)
+    certificate, key = made.write(tmp_path, "server")
+    listen = files.listen(tls_cert_file=str(certificate), auth="trust")
+    if not other_key:
+        listen["tls_key_file"] = str(key)
+    done = pgsidecar(
+        "check", "--config", written(tmp_path, configuration(postgres.dsn(), listen=listen))
+    )
+    assert (done.returncode, done.stderr) == (code, "")
+    assert text in done.stdout
+    assert done.stdout.endswith(
+        "\nTLS to clients cannot be used.\n" if code else "\nAll is well.\n"
+    )
 
 
 # -- run: signals and drain --------------------------------------------------------------------

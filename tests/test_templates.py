@@ -594,7 +594,7 @@ async def test_check_tells_of_a_template_what_can_be_known(
     """That the server answers; and of a user of the dsn, whether its password is right."""
     config = parse(json.dumps({"pools": {"t*": {"dsn": f"{at(guarded)} {parts}"}}}), {}, "test")
     findings = await check.check(config)
-    told = check.report(config, findings)
+    told = check.report(config, findings, check.check_tls(config.listen))
     assert line.format(where=f"127.0.0.1:{guarded.port}") in told
     assert findings[0].is_ok == ("FAIL" not in line)
 
