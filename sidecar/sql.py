@@ -41,11 +41,12 @@ LOAD: Final = 128  # a library: nothing takes it out again
 UNDO: Final = 256  # takes one of them back, perhaps
 DEALLOCATE: Final = 512  # one statement that names one prepared statement
 UNNAMED: Final = 1024  # a setting whose name is not in the text
+DIALECT: Final = 2048  # a setting, local ones included: what is parsed next may mean something else
 
 LASTING: Final = ROLE | UNNAMED | LISTEN | TEMP_TABLE | ADVISORY_LOCK | CURSOR | PREPARE | LOAD
 """Effects that keep a connection with its client."""
 
-UNKNOWN: Final = LASTING & ~(LOAD | UNNAMED) | SETTING | UNDO
+UNKNOWN: Final = LASTING & ~(LOAD | UNNAMED) | SETTING | UNDO | DIALECT
 """Of a text that cannot be looked at."""
 
 
@@ -151,6 +152,7 @@ _suspicious = re.compile(
 ).search
 _set_name = re.compile(rb"set(?: session)?(?: |(?=\"))(\"[^\"]+\"(?:\.\"[^\"]+\")?|[^\s=]+)").match
 _reset_name = re.compile(rb"reset(?: |(?=\"))\"?([^\s\"]+)").match
+_set_or_reset = re.compile(rb"set\b|reset\b|.*\bset_config\b").match
 _SET_CONFIG = re.compile(rb"\bset_config ?\(")
 _set_configs = re.compile(rb"\bset_config\s*\(").findall
 _config_names = re.compile(rb"\bset_config\s*\(\s*'([^'\\]+)'\s*,").findall
@@ -200,6 +202,8 @@ def session_effects(low: bytes) -> tuple[int, frozenset[bytes], frozenset[bytes]
             continue
         words = b" ".join(statement.split())
         effects |= _effects_of(words)
+        if _set_or_reset(words):
+            effects |= DIALECT
         named = _set_name(words)
         if named is not None and named[1] != b"local":
             effects |= _effect_of_set(named[1], words)

@@ -493,3 +493,52 @@ def test_whatever_clients_prepare_is_as_if_each_were_alone(postgres: EmbeddedPos
 
         check()
         sidecar.until_whole()
+
+
+DATE = "select '1/2/2020'::date::text"
+LOOK = bind(name="s") + execute() + SYNC
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        [
+            query("begin; set local datestyle = 'ISO, DMY'"),
+            parse(DATE, "s") + LOOK,
+            query("commit"),
+        ],
+        [
+            query("begin"),
+            query("set datestyle = 'ISO, DMY'"),
+            parse(DATE, "s") + LOOK,
+            query("commit"),
+        ],
+        [query("set datestyle = 'ISO, DMY'"), parse(DATE, "s") + LOOK],
+        [query("set datestyle = 'ISO, DMY'") + parse(DATE, "s") + LOOK],
+        [query("select set_config('datestyle', 'ISO, DMY', false)") + parse(DATE, "s") + LOOK],
+        # prepared, then another style, then evicted, then parsed again
+        [
+            parse(DATE, "s") + LOOK,
+            query("set datestyle = 'ISO, DMY'"),
+            parse("select 1", "t") + SYNC,
+            LOOK,
+        ],
+        [
+            *(parse(DATE, "s") + LOOK, query("begin; set local datestyle = 'ISO, DMY'")),
+            *(parse("select 1", "t") + SYNC, LOOK, query("commit")),
+        ],
+    ],
+    ids=range(7),
+)
+def test_a_text_that_was_parsed_by_other_settings_is_not_shared(postgres, odd):
+    """'1/2/2020' is the second of January for most, and the first of February for some."""
+    with Sidecar(postgres, max_size=1, max_prepared_statements=1) as sidecar:
+        with sidecar.login() as client, sidecar.login() as other:
+            for message in odd:
+                assert "E" not in kinds(client.ask(message))
+            assert "E" not in kinds(other.ask(parse(DATE, "s") + SYNC))
+            answer = other.ask(LOOK)
+            (row,) = [message.columns for message in answer if message.kind == "D"]
+            assert row == [b"2020-01-02"]
+            assert other.rows(DATE) == [["2020-01-02"]]
+        sidecar.until_whole()

@@ -372,7 +372,7 @@ PIECES = [
 def test_no_text_is_too_odd(text):
     query = classify(text.encode())
     assert Operation(query.operation) in Operation
-    assert 0 <= query.effects < 2048
+    assert 0 <= query.effects < 4096
 
 
 @steady

@@ -74,6 +74,7 @@ class ServerConnection:
         "has_connected",
         "id",
         "is_dirty",
+        "is_odd",
         "is_skipping",
         "lacks",
         "last_error",
@@ -149,6 +150,9 @@ class ServerConnection:
         self.settings: Any = None  # proxy.settings.Settings in force; None as connected
         self.lacks: Mapping[bytes, bytes] = {}  # of its client's settings, since a RESET
         self.is_dirty = False
+        self.is_odd = (
+            False  # other settings than its client's may be in force, for this transaction
+        )
         self.effects = 0  # what a client may have left behind, see sql
         self.asked = 0  # of them, what the server has said is there
         self.custom_settings: frozenset[bytes] = frozenset()  # set, and listed by no server

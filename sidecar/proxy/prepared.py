@@ -22,15 +22,20 @@ class Prepared:
     """A statement that clients of a pool prepared by name: text, parameter types and dialect are
     its identity, the name is the one it has on server connections."""
 
-    __slots__ = ("__weakref__", "is_stale", "name", "operation", "parse", "query", "shape")
+    __slots__ = ("__weakref__", "dialect", "is_stale", "name", "parse", "query", "shape")
 
-    def __init__(self, name: bytes, parse: bytes, query: Query) -> None:
+    def __init__(self, name: bytes, definition: bytes, dialect: bytes, query: Query) -> None:
         self.name: Final = name
-        self.parse: Final = parse  # the whole Parse message under that name
+        self.parse: Final = m.parse(name, definition)  # the whole message
+        self.dialect: Final = dialect
+        self.query: Final = query
         self.shape: bytes | None = None  # types of parameters and columns, once a server has told
         self.is_stale = False  # they are others now: who has it has to prepare it anew
-        self.operation: Final = query.operation
-        self.query: Final = query if query.effects else None  # where it may leave something behind
+
+    @property
+    def definition(self) -> bytes:
+        """What a Parse carries after the name."""
+        return self.parse[5 + len(self.name) + 1 :]
 
 
 class PreparedTable:
@@ -54,11 +59,14 @@ class PreparedTable:
         """
         found = self._known.get((definition, dialect))
         if found is None:
-            name = PREFIX + str(next(self._numbers)).encode()
-            parse = m.parse(name, definition)
-            found = Prepared(name, parse, query)
+            found = self.unshared(definition, dialect, query)
             self._known[definition, dialect] = found
         return found
+
+    def unshared(self, definition: bytes, dialect: bytes, query: Query) -> Prepared:
+        """A statement of one client only."""
+        name = PREFIX + str(next(self._numbers)).encode()
+        return Prepared(name, definition, dialect, query)
 
 
 def shape(parameters: bytes, columns: bytes) -> bytes:

@@ -331,6 +331,7 @@ class Relay:
         tables = self.tables
         self.server = server
         server.receiver = self
+        server.is_odd = False
         self.requests.begin_lease()
         tables.leases += 1
         self._own_time = -1.0 if tables.leases % _SAMPLED else 0.0
@@ -585,6 +586,7 @@ class Relay:
         if server.pin is not None and not was_pinned:
             server.pinned_at = now
             self._pool.observer.pinned(server.pin)
+        server.is_odd = False
         rest = self._take_held_back()
         if self.is_closed:
             self._leave(server, CloseReason.CLIENT_LOST, now)
@@ -623,6 +625,8 @@ class Relay:
             carrier.note_values(server, values, requests.resets)
             requests.resets = NONE
         requests.dialect = carrier.settings.dialect
+        if replies.is_at_rest and server.tx_status == m.IDLE:
+            server.is_odd = False
         news = carrier.take_news()
         if news:
             self._write(news)

@@ -16,6 +16,7 @@ from sidecar.proxy import expect, policy, prepared
 from sidecar.proxy.prepared import Prepared
 from sidecar.sql import (
     DEALLOCATE,
+    DIALECT,
     LASTING,
     LOAD,
     NONE,
@@ -374,7 +375,11 @@ class Requests:
             self._unnamed_parse = data[pos:end] if end <= len(data) else None
             return
         name = data[pos + 5 : name_end]
-        statement = self._prepared.intern(data[name_end + 1 : end], self.dialect, query)
+        definition = data[name_end + 1 : end]
+        if server.is_odd:
+            statement = self._prepared.unshared(definition, self.dialect, query)
+        else:
+            statement = self._prepared.intern(definition, self.dialect, query)
         if not self._renames:
             self._statements[name] = statement
             server.expected.append(m.PARSE)
@@ -382,7 +387,7 @@ class Requests:
         before = self._statements.get(name)
         if before is not None:
             # The server must refuse this as on a direct connection (42P05): have it try.
-            self._ensure(server, before, data, pos)
+            before = self._ensure(server, name, before, data, pos)
             self._replace(data, pos, end, b"P" + _resized(before.name, data[name_end:end]))
             server.expected.append(expect.PARSE_TAKEN)
             return
@@ -425,7 +430,7 @@ class Requests:
         statement = self._statements.get(name)
         if statement is None:
             return False
-        self._ensure(server, statement, data, pos)
+        statement = self._ensure(server, name, statement, data, pos)
         del self._statements[name]
         instead = m.parse(b"", b'DEALLOCATE "%b"\0\0\0' % statement.name)
         self._replace(data, pos, end, instead)
@@ -478,8 +483,8 @@ class Requests:
         name = data[start:stop]
         statement = self._statements.get(name)
         if statement is not None:
-            self._operation = statement.operation
-            if statement.query is not None:
+            self._operation = statement.query.operation
+            if statement.query.effects:
                 _note_effects(server, statement.query)
         if not self._renames:
             return
@@ -487,7 +492,7 @@ class Requests:
             if statement.is_stale:
                 self._refuse_stale(server, data, pos)
             else:
-                self._ensure(server, statement, data, pos)
+                statement = self._ensure(server, name, statement, data, pos)
             name_there = statement.name
         elif name.startswith(prepared.PREFIX):
             name_there = name + b"?"  # not this client's: the server shall not find it
@@ -518,10 +523,21 @@ class Requests:
             self._piece(data, pos).append(_CLOSE_UNNAMED)
             server.expected.append(expect.OUR_UNNAMED_CLOSE)
 
-    def _ensure(self, server: ServerConnection, statement: Prepared, data: bytes, pos: int) -> None:
-        """Raises _Unsure if the message at ``pos`` has to wait."""
+    def _ensure(
+        self, server: ServerConnection, name: bytes, statement: Prepared, data: bytes, pos: int
+    ) -> Prepared:
+        """Have the statement on this connection. Returns it, or its like under other settings.
+
+        Raises _Unsure if the message at ``pos`` has to wait.
+        """
         if prepared.touch(server, statement):
-            return
+            return statement
+        if server.is_odd or statement.dialect != self.dialect:
+            # It would be parsed by other settings than those whom it is shared with had.
+            other = self._variant(server, statement)
+            self._statements[name] = statement = other
+            if prepared.touch(server, other):
+                return other
         self._observer.parsed(False)
         self._make_room(server, data, pos)
         self._piece(data, pos).append(statement.parse)
@@ -535,6 +551,18 @@ class Requests:
             self._piece(data, pos).append(m.FLUSH_MESSAGE)
             self.awaits_check = statement
             raise _Unsure(pos)
+        return statement
+
+    def _variant(self, server: ServerConnection, statement: Prepared) -> Prepared:
+        table, dialect = self._prepared, self.dialect
+        if not server.is_odd:
+            other = table.intern(statement.definition, dialect, statement.query)
+            if other.shape is None or other.shape == statement.shape:
+                other.shape = statement.shape
+                return other
+        other = table.unshared(statement.definition, dialect, statement.query)
+        other.shape = statement.shape
+        return other
 
     def _refuse_stale(self, server: ServerConnection, data: bytes, pos: int) -> None:
         """As on a connection of the client's own, the statement fails until it is prepared anew."""
@@ -577,7 +605,9 @@ class Requests:
 
 def _note_effects(server: ServerConnection, query: Query) -> None:
     """What this query may leave behind; the server is asked when the transaction is over."""
-    effects = query.effects & ~DEALLOCATE
+    effects = query.effects & ~(DEALLOCATE | DIALECT)
+    if query.effects & DIALECT:
+        server.is_odd = True
     if effects & (LASTING | SETTING) or server.effects:
         server.effects |= effects
         if query.names:

@@ -29,7 +29,7 @@ READ_ONLY: Final = frozenset(
 _NOT_SETTINGS: Final = frozenset({b"user", b"database", b"options", b"replication"})
 
 _not_parsed_by: Final = re.compile(
-    rb"application_name|extra_float_digits|bytea_output|client_min_messages|.*_timeout|.*_mem"
+    rb"application_name|client_min_messages|.*_timeout|.*_mem"
     rb"|.*_cost|enable_.*|jit.*|log_.*|max_parallel_.*|default_transaction_.*|synchronous_commit"
     rb"|tcp_.*|.*\..*"  # with a dot: an application's or an extension's own
 ).fullmatch
