@@ -30,7 +30,7 @@ run: install-demo ## The demo: PostgreSQL, the sidecar, a load, a live view. SEC
 	  $(if $(HTTP_PORT),--http-port $(HTTP_PORT))
 
 .PHONY: test
-test: lint debian-packages ## Style, types, then all tests. JOBS=4 TESTS=tests/test_config.py
+test: lint debian-packages node-packages ## Style, types, then all tests. JOBS=4 TESTS=tests/test_config.py
 	@echo 'tests ...'
 	@exec $(PY) -m pytest -q --no-header -n $(JOBS) --maxprocesses 8 --dist worksteal $(TESTS)
 
@@ -52,7 +52,7 @@ bench: compiled ## What it costs, next to PgBouncer; a quarter of an hour. ARGS=
 	python="$$(pwd)/$(PY)"; cd build/compiled && exec "$$python" -m bench --json "$$results" $(ARGS)
 
 .PHONY: test-compiled
-test-compiled: compiled debian-packages ## The tests, on the compiled modules
+test-compiled: node-packages compiled debian-packages ## The tests, on the compiled modules
 	@python="$$(pwd)/$(PY)"; cd build/compiled && \
 	exec "$$python" -m pytest -q --no-header -n $(JOBS) --maxprocesses 8 --dist worksteal $(TESTS)
 
@@ -74,6 +74,7 @@ compiled: install-dev ## A copy in build/compiled with the hot modules compiled;
 .PHONY: clean
 clean: ## Remove .venv, caches and builds
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(NODE)/node_modules
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # -- what the targets above need -------------------------------------------------------------------
@@ -115,7 +116,12 @@ debian-packages:
 	if ! command -v prometheus-pgbouncer-exporter >/dev/null; then \
 	  $(MAKE) debian-package-prometheus-pgbouncer-exporter || exit; fi; \
 	if ! ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1; then \
-	  $(MAKE) debian-postgresql || exit; fi
+	  $(MAKE) debian-postgresql || exit; fi; \
+	if ! command -v node >/dev/null; then $(MAKE) debian-package-nodejs || exit; fi; \
+	if ! command -v npm >/dev/null; then $(MAKE) debian-package-npm || exit; fi; \
+	if ! command -v javac >/dev/null; then $(MAKE) debian-package-default-jdk-headless || exit; fi; \
+	if [ ! -e /usr/share/java/postgresql.jar ]; then \
+	  $(MAKE) debian-package-libpostgresql-jdbc-java || exit; fi
 
 # A PostgreSQL with TLS, which the embedded one is built without. Debian would also make a cluster
 # and start it on port 5432; while this file is there, it does not.
@@ -127,6 +133,14 @@ debian-postgresql: debian-package-postgresql-common
 	echo 'create_main_cluster = false' | $$sudo tee $$folder/pgsidecar.conf >/dev/null || exit; \
 	$(MAKE) debian-package-postgresql; status=$$?; \
 	$$sudo rm -f $$folder/pgsidecar.conf; exit $$status
+
+# The drivers of Node.js, as the lock file has them, beside the programs that use them.
+NODE := tests/drivers/node
+.PHONY: node-packages
+node-packages: debian-packages
+	@if [ $(NODE)/node_modules/.done -nt $(NODE)/package-lock.json ]; then exit 0; fi; \
+	echo 'installing the drivers of Node.js into $(NODE)/node_modules ...'; \
+	(cd $(NODE) && npm ci --silent --no-audit --no-fund) && touch $(NODE)/node_modules/.done
 
 debian-package-%:
 	@if ! command -v apt-get >/dev/null; then \

@@ -58,6 +58,12 @@ def test_options_that_are_no_settings_are_the_clients_error():
     ("before", "after", "sql"),
     [
         ({}, {}, b""),
+        # JDBC's DateStyle is "ISO": on its own it would keep the order, DMY, of the client before.
+        (
+            {b"datestyle": b"SQL, DMY"},
+            {b"datestyle": b"ISO"},
+            b"RESET datestyle;SET datestyle TO 'ISO'",
+        ),
         ({b"a": b"1"}, {b"a": b"1"}, b""),
         ({}, {b"a": b"1"}, b"SET a TO '1'"),
         ({b"a": b"1"}, {b"a": b"2"}, b"SET a TO '2'"),

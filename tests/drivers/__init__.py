@@ -1,0 +1,1 @@
+"""Drivers and programs as applications use them, through the sidecar and directly."""
