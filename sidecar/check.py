@@ -17,6 +17,7 @@ from sidecar.pool.server import ServerConnection, clock
 from sidecar.protocol import messages as m
 from sidecar.protocol.x509 import not_after
 from sidecar.proxy.certificates import read_identity
+from sidecar.proxy.lookup import ask, auth_target
 
 _SOME_DATABASE = "postgres"
 """Where a template's user is tried: most servers have it."""
@@ -116,10 +117,27 @@ async def _try(pool: PoolConfig) -> Finding:
         return Finding(pool, problem=health.describe(exc), hint=hint)
     finally:
         server.abort()
+    if pool.auth_query and (problem := await _problem_of_auth_query(pool)):
+        return Finding(pool, problem=f"auth_query: {problem}")
     version = server.parameters.get(b"server_version", b"?").decode()
     return Finding(
         pool, version=version, took=took, encryption=server.tls_version, limit=int(limit or 0)
     )
+
+
+async def _problem_of_auth_query(pool: PoolConfig) -> str:
+    """Empty if there is none: users can be looked up."""
+    server = ServerConnection(_Owner(), auth_target(pool), Traffic())
+    deadline = clock() + pool.connect_timeout
+    try:
+        await server.open(deadline)
+        answer = await ask(server, pool.auth_query, server.target.user, deadline)
+        answer.check()
+    except (OSError, SidecarError) as exc:
+        return health.describe(exc)
+    finally:
+        server.abort()
+    return ""
 
 
 def _note(exc: Exception, target: ServerTarget) -> str:

@@ -1,6 +1,7 @@
 """Users that the server knows: looked up there at their login, by a connection beside the pool."""
 
 import asyncio
+import json
 import logging
 import re
 import time
@@ -13,6 +14,7 @@ import asyncpg
 import psycopg
 import pytest
 
+from sidecar.check import check
 from sidecar.config_file import parse
 from sidecar.demo.postgres import EmbeddedPostgres
 from sidecar.errors import ConfigError
@@ -325,6 +327,21 @@ def test_query_without_its_parameter_is_refused_at_the_start():
     text = "pools: {main: {dsn: 'postgresql://a@db.example/b', auth_query: 'SELECT 1, 2'}}"
     with pytest.raises(ConfigError, match=r"with auth_query, and no \$1 in it"):
         parse(text, {}, "config.yaml")
+
+
+@pytest.mark.parametrize(
+    ("query", "problem"),
+    [
+        (QUERY, ""),
+        ("SELECT 1 WHERE $1 <> ''", "auth_query: it has 1 columns, not two: the user's name, its secret"),
+        ("SELECT a, b FROM nowhere WHERE a = $1", 'auth_query: relation "nowhere" does not exist'),
+    ],
+)  # fmt: skip
+async def test_check_tries_the_query(roles, query, problem):
+    main = {"dsn": roles.dsn(), "auth_query": query}
+    text = json.dumps({"pools": {"main": main}}).replace("$", "$$")
+    (finding,) = await check(parse(text, {}, "test"))
+    assert finding.problem == problem
 
 
 # -- secrets -----------------------------------------------------------------------------------
