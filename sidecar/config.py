@@ -121,15 +121,11 @@ class ListenConfig(Section):
             )
         return auth
 
-    @field_validator("tls_cert_file")
-    @classmethod
-    def _certificate_where_required(cls, path: str | None, info: ValidationInfo) -> str | None:
-        if path is None and info.data.get("tls_mode") == "require":
-            raise Conflict(
-                "is needed where tls_mode is require; allowed: the path of a PEM file",
-                other="tls_mode",
-            )
-        return path
+    @model_validator(mode="after")
+    def _has_what_tls_needs(self) -> "ListenConfig":
+        if self.tls_mode == "require" and self.tls_cert_file is None:
+            raise ValueError("with tls_mode require and without tls_cert_file; allowed: with both")
+        return self
 
     @model_validator(mode="after")
     def _listens_somewhere(self) -> "ListenConfig":

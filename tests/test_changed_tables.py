@@ -74,6 +74,31 @@ def test_statement_fails_until_it_is_prepared_anew(table, change, where, describ
         assert len(row) == (2 if change.startswith("add") else 1)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "alter table changed add column b text",
+        "begin; alter table changed add column b text; commit",
+        "drop table changed; create table changed (a int, b text)",
+    ],
+)
+def test_who_prepares_after_the_change_does_not_notice(table, change) -> None:
+    """Where the change came through the sidecar; others prepared the same text before."""
+    with ExitStack() as stack:
+        sidecar = stack.enter_context(Sidecar(table, max_size=1))
+        before, client, later = (stack.enter_context(sidecar.login()) for _ in range(3))
+        begin = parse(TEXT, "s") + describe("S", "s") + use("s")
+        assert "E" not in kinds(before.ask(begin))
+        client.rows(change)
+        answer = later.ask(begin)
+        assert kinds(answer).startswith("1tT2"), error(answer)
+        assert error(before.ask(use("s")))["C"] == "0A000"
+        in_it = client.ask(query("begin; alter table changed drop column b; select 1"))
+        assert "E" not in kinds(in_it)
+        assert "E" not in kinds(client.ask(begin))
+        client.rows("rollback")
+
+
 def test_in_a_transaction_it_fails_the_transaction(table) -> None:
     with ExitStack() as stack:
         sidecar = stack.enter_context(Sidecar(table, max_size=2, min_idle=2))

@@ -35,6 +35,16 @@ def pinned(metrics: Any) -> dict[str, float]:
     return {reason: count for (reason,), count in found.items()}
 
 
+async def shown_pins(sidecar: ServiceHere) -> list[tuple[str, str]]:
+    """What the console tells: user and reason."""
+    conn = await psycopg.AsyncConnection.connect(
+        sidecar.dsn(database="pgsidecar"), autocommit=True, row_factory=psycopg.rows.dict_row
+    )
+    async with conn:
+        rows = await (await conn.execute("SHOW PINS")).fetchall()
+    return [(row["user"], row["reason"]) for row in rows]
+
+
 TEMPORARY = "CREATE TEMP TABLE pinned (n int)"
 HOLD = "BEGIN; DECLARE pinned CURSOR WITH HOLD FOR SELECT 1; COMMIT"
 UNDONE = [
@@ -76,16 +86,20 @@ UNDONE = [
 async def test_what_pins_is_shown_and_ends_when_it_is_undone(
     postgres: EmbeddedPostgres, make_service: MakeService, pins: str, reason: str, undoes: str
 ) -> None:
-    sidecar = await make_service(postgres.dsn(), max_size=2, min_idle=1)
+    sidecar = await make_service(
+        postgres.dsn(), max_size=2, min_idle=1, console={"stats_users": "app"}
+    )
     async with connected(sidecar) as conn, connected(sidecar) as other:
         await conn.execute(pins)
         now = await sidecar.until(lambda now: pinned(now) == {reason: 1})
         assert now.used == 1
+        assert await shown_pins(sidecar) == [("app", reason)]
         assert now.value("pgsidecar_pins_total", pool="main", reason=reason) == 1
         assert await one(other, "SELECT 1") == 1
         await conn.execute(undoes)
         now = await sidecar.until(lambda now: not pinned(now))
         assert now.used == 0
+        assert await shown_pins(sidecar) == []
         assert await one(conn, "SELECT 2") == 2
     now = await sidecar.until_whole()
     assert now.total("pgsidecar_pins_total") == 1

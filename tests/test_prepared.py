@@ -542,3 +542,12 @@ def test_a_text_that_was_parsed_by_other_settings_is_not_shared(postgres, odd):
             assert row == [b"2020-01-02"]
             assert other.rows(DATE) == [["2020-01-02"]]
         sidecar.until_whole()
+
+
+def test_name_that_is_taken_is_told_as_the_client_spells_it(postgres):
+    with Sidecar(postgres, max_size=1) as sidecar:
+        with sidecar.login() as client:
+            client.ask(parse("select 1", "mine") + SYNC)
+            told = error(client.ask(parse("select 2", "mine") + SYNC))
+            assert (told["C"], told["M"]) == ("42P05", 'prepared statement "mine" already exists')
+        sidecar.until_whole()

@@ -26,6 +26,11 @@ STALE_PLAN: Final = m.error_response("ERROR", _SQLSTATE, "cached plan must not c
 """PostgreSQL's words (plancache.c)."""
 
 
+def name_is_taken(name: bytes) -> bytes:
+    shown = name.decode("utf-8", "replace")
+    return m.error_response("ERROR", "42P05", f'prepared statement "{shown}" already exists')
+
+
 def refused_effects(config: PoolConfig) -> int:
     """The effects that no statement may have in this pool, see ``sql``."""
     is_refusing = config.pin is PinPolicy.REFUSE and config.mode is not PoolMode.SESSION

@@ -68,6 +68,7 @@ class Replies:
     """The replies to one client."""
 
     __slots__ = (
+        "_has_changed_tables",
         "_has_rolled_back",
         "_holds_lease",
         "_observer",
@@ -99,6 +100,7 @@ class Replies:
         self._holds_lease = holds_lease
         self.held = b""  # the beginning of a message, or what follows the end of the lease
         self._has_rolled_back = False  # in this cycle
+        self._has_changed_tables = False  # in this transaction
         self._out: list[bytes] | None = None
         self._parameters = b""  # of the statement that we describe
         self._start = 0
@@ -201,6 +203,8 @@ class Replies:
                     self._cut(data, pos, end).append(refusal)
                     self._error(server, refusal[5:], now, ErrorOrigin.SIDECAR)
                 else:
+                    if expected and expected[0] == expect.PARSE_TAKEN:
+                        self._name_taken(data, pos, end)
                     self._error(server, data[pos + 5 : end], now, ErrorOrigin.SERVER)
                     if self.why_cancelled and end <= size:
                         self._say_why(data, pos, end)
@@ -290,6 +294,11 @@ class Replies:
         self._start = end
         return out
 
+    def _name_taken(self, data: bytes, pos: int, end: int) -> None:
+        """The server's error has our name of the statement, the client shall see its own."""
+        if m.sqlstate_of(data[pos + 5 : end]) == "42P05":
+            self._cut(data, pos, end).append(self._requests.refusal)
+
     def _say_why(self, data: bytes, pos: int, end: int) -> None:
         """In the server's "canceling statement due to user request"."""
         body = data[pos + 5 : end]
@@ -325,12 +334,21 @@ class Replies:
                 )  # the server is asked what is left of what we carried over
         elif first == 0x43:  # C
             self._has_rolled_back = False
+            if data.startswith(b"CREATE VIEW\0", tag):  # OR REPLACE, perhaps
+                self._note_changed_tables()
         elif first == 0x44:  # D
             self._note_discarded(server, data, tag)
+        elif first == 0x41:  # A
+            self._note_changed_tables()
         if server.expected and server.expected[0] == m.EXECUTE:
             self._executed(server, now)
 
     def _note_discarded(self, server: ServerConnection, data: bytes, tag: int) -> None:
+        if data.startswith(b"DELETE", tag):
+            return
+        if data.startswith(b"DROP ", tag):
+            self._note_changed_tables()
+            return
         if data.startswith(b"DEALLOCATE\0", tag):
             server.is_dirty = True  # it may have been one of ours
             return
@@ -346,6 +364,11 @@ class Replies:
             server.effects |= SETTING | UNDO
             self._requests.resets |= {b"all"}
             self.values.append(RESET)
+
+    def _note_changed_tables(self) -> None:
+        """What is prepared from now on must not share a plan that may be out of date."""
+        self._has_changed_tables = True
+        self._requests.renew_statements()
 
     def _executed(self, server: ServerConnection, now: float) -> None:
         server.expected.popleft()
@@ -383,6 +406,9 @@ class Replies:
                 committed = not (server.cycle_failed or self._has_rolled_back)
                 self._observer.transaction_done(committed, now - server.tx_started)
                 server.tx_started = now if server.operations else 0.0
+            if self._has_changed_tables:  # only now for the others
+                self._has_changed_tables = False
+                self._requests.renew_statements()
         elif status != m.IN_TRANSACTION and status != m.FAILED:
             raise ServerProtocolError(f"unknown transaction status {status} from the server")
         server.cycle_failed = False

@@ -59,7 +59,7 @@ _CLOSE_UNNAMED: Final = m.close_statement(b"")
 
 # In place of a statement that the pool refuses: certain to fail, whatever the state, and found in
 # the server's log by those who wonder. What the client is told is ours (``replies``).
-_REFUSED: Final = b"REFUSED /* pgsidecar, pin: refuse */"
+_REFUSED: Final = b"REFUSED /* by pgsidecar: the client is told why */"
 
 
 class TextCache:
@@ -388,8 +388,9 @@ class Requests:
         if before is not None:
             # The server must refuse this as on a direct connection (42P05): have it try.
             before = self._ensure(server, name, before, data, pos)
-            self._replace(data, pos, end, b"P" + _resized(before.name, data[name_end:end]))
+            self._replace(data, pos, end, m.parse(before.name, definition))
             server.expected.append(expect.PARSE_TAKEN)
+            self.refusal = policy.name_is_taken(name)
             return
         self._statements[name] = statement
         is_new = not prepared.touch(server, statement)
@@ -622,7 +623,3 @@ def _end_of(data: bytes, start: int, end: int) -> int:
     if stop < 0:
         raise ClientProtocolError("invalid message: a string has no end")
     return stop
-
-
-def _resized(name: bytes, rest: bytes) -> bytes:
-    return (4 + len(name) + len(rest)).to_bytes(4, "big") + name + rest
