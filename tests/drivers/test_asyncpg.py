@@ -340,12 +340,7 @@ CHECKS = (
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-async def test_same_as_direct(
-    place: Place, check: Callable[[Address], Awaitable[object]], request: pytest.FixtureRequest
-) -> None:
-    if place.is_shared and check is changed_tables:
-        why = "asyncpg tries again once, and two server connections may have the stale statement"
-        request.applymarker(pytest.mark.xfail(reason=why, strict=False))
+async def test_same_as_direct(place: Place, check: Callable[[Address], Awaitable[object]]) -> None:
     expected = await check(place.direct)
     assert await check(place.through) == expected
 

@@ -393,7 +393,8 @@ def changed_tables(at: Address) -> object:
         for _ in range(3):
             assert conn.execute("SELECT * FROM changes_psycopg", prepare=True).fetchall() == [(1,)]
         other.execute("ALTER TABLE changes_psycopg ADD b text")
-        return refused_prepared(conn, "SELECT * FROM changes_psycopg")
+        anew = other.execute("SELECT * FROM changes_psycopg", prepare=True).fetchall()
+        return anew, refused_prepared(conn, "SELECT * FROM changes_psycopg")
 
 
 def refused_prepared(conn: Conn, query: str) -> tuple[str, str | None, str | None]:
