@@ -155,6 +155,7 @@ listen: {{host: {_HOST}, port: {port}}}
 http: {{host: {_HOST}, port: {http_port}}}
 users:
   {USER}: {{password: {PASSWORD}}}
+console: {{admin_users: {USER}}}
 pools:
   main: {{dsn: "{dsn}", mode: transaction, max_size: 25, min_idle: 5}}
   direct: {{dsn: "{dsn}", mode: session, max_size: 3, min_idle: 0}}
@@ -208,6 +209,7 @@ def _print_addresses(server: EmbeddedPostgres, service: Service, out: TextIO) ->
         f"""
 The sidecar is ready. Try it in another terminal:
   {psql} {_pooled_dsn(service, "main")}
+  {psql} {_pooled_dsn(service, "pgsidecar")} -c 'SHOW HOLDERS'
   curl http://{host}:{port}/metrics
 Session mode, for migrations:  {_pooled_dsn(service, "direct")}
 PostgreSQL without the pool:   {_direct_dsn(server)}
