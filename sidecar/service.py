@@ -254,7 +254,7 @@ class Service:
             pool.close(now)
         self._listener.end_all()
         deadline = clock() + _CLOSE_TIMEOUT
-        while clock() < deadline and any(pool.state.size for pool in self.directory):  # noqa: ASYNC110  as above
+        while clock() < deadline and any(pool.state.size for pool in self.directory):  # noqa: ASYNC110  once in a life; an event would need a hook in the hot path
             await asyncio.sleep(0.02)
         for pool in self.directory:
             pool.abort()

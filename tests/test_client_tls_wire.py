@@ -321,7 +321,7 @@ def test_client_is_told_why_it_is_closed(postgres, files):
         assert error(other.until_closed())["C"] == "3D000"
         listener = sidecar.service._listener
         assert listener is not None
-        sidecar.call(listener.stop_accepting)
+        sidecar.call(listener.send_away)
         assert error(client.until_closed())["C"] == "57P01"
 
 

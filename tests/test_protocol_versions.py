@@ -1,12 +1,16 @@
 """Protocol 3.0 and 3.2: what is agreed upon, and cancel keys. PostgreSQL 18 is asked what is right."""
 
+import socket
+import threading
 from collections.abc import Iterator
 
 import psycopg
 import pytest
 
 from sidecar.demo.postgres import EmbeddedPostgres
-from tests.wire import Client, Sidecar, kinds, startup
+from sidecar.protocol import messages as m
+from tests.sidecar_process import PATIENCE
+from tests.wire import Client, Sidecar, error, kinds, query, startup
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +67,99 @@ def test_cancel_keys_are_long_and_never_the_same(sidecar):
         # no byte of them is a constant
         columns = zip(*(secret for secret in secrets if len(secret) == size), strict=True)
         assert all(len(set(column)) > 1 for column in columns)
+
+
+# -- towards servers ---------------------------------------------------------------------------
+
+
+def secret_sizes(sidecar: Sidecar) -> set[int]:
+    """Of the cancel keys that the server has given us."""
+    sidecar.until(lambda: sidecar.pool.state.idle, "it has connected")
+    return {len(server.secret) for server in sidecar.call(lambda: list(sidecar.pool.state.idle))}
+
+
+def cancels(sidecar: Sidecar, postgres: EmbeddedPostgres) -> bool:
+    """Whether a query is cancelled, by the key the server has given us."""
+    with sidecar.login() as client:
+        client.send(query("select pg_sleep(60)"))
+        running = (
+            "select count(*) from pg_stat_activity where query ~ 'sleep[(]60' and state = 'active'"
+        )
+        sidecar.until(lambda: "1" in postgres.psql(running), "it runs")
+        client.cancel()
+        return error(client.until_ready())["C"] == "57014"
+
+
+def test_server_gives_the_longest_keys_it_has(postgres18, sidecar):
+    assert secret_sizes(sidecar) == {32}
+    assert cancels(sidecar, postgres18)
+    with EmbeddedPostgres(16) as postgres16, Sidecar(postgres16) as other:
+        assert secret_sizes(other) == {4}
+        assert cancels(other, postgres16)
+
+
+class OldPooler:
+    """A way to PostgreSQL that knows protocol 3.0 only, and closes or complains about another."""
+
+    def __init__(self, postgres: EmbeddedPostgres, answer: bytes) -> None:
+        self.refused = 0
+        self._server = (postgres.host, postgres.port)
+        self._answer = answer
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        head = client.recv(8, socket.MSG_WAITALL)
+        if head[4:6] == b"\0\3" and head[6:8] != b"\0\0":
+            self.refused += 1
+            client.sendall(self._answer)
+            client.close()
+            return
+        with client, socket.create_connection(self._server) as server:
+            server.sendall(head)
+            back = threading.Thread(target=self._pass_on, args=(server, client), daemon=True)
+            back.start()
+            self._pass_on(client, server)
+            back.join(PATIENCE)
+
+    @staticmethod
+    def _pass_on(source: socket.socket, target: socket.socket) -> None:
+        try:
+            while data := source.recv(65536):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # the other side is gone
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        m.error_response("FATAL", "08P01", "unsupported protocol version"),
+        m.error_response("FATAL", "0A000", "unsupported frontend protocol 3.2"),
+    ],
+)
+def test_server_that_knows_no_other_protocol_is_spoken_to_in_3_0(postgres18, answer):
+    pooler = OldPooler(postgres18, answer)
+    try:
+        dsn = postgres18.dsn(port=pooler.port, sslmode="disable")
+        with Sidecar(pools={"main": {"dsn": dsn, "min_idle": 1}}) as sidecar:
+            assert secret_sizes(sidecar) == {4}
+            assert pooler.refused
+            assert cancels(sidecar, postgres18)
+    finally:
+        pooler.close()

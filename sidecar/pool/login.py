@@ -31,7 +31,7 @@ from sidecar.protocol.authentication import (
     md5_response,
     server_end_point,
 )
-from sidecar.protocol.startup import startup_message
+from sidecar.protocol.startup import NEWEST_MINOR, startup_message
 from sidecar.target import Host, ServerTarget, SessionAttrs, TlsPolicy
 
 _MAX_MESSAGES: Final = 1000  # PostgreSQL 18 sends about 20
@@ -66,14 +66,39 @@ def remember(parameters: dict[bytes, bytes], body: bytes) -> None:
         parameters[name] = value
 
 
+class Versions:
+    """Which version of the protocol each host is spoken to in: the newest, unless it cannot stand it.
+
+    PostgreSQL since 9.3 says what it has instead (54.2.1); some poolers close or refuse. The attempt
+    that follows is made in 3.0, and one that follows its failure in the newest again.
+    """
+
+    def __init__(self) -> None:
+        self._old: set[Host] = set()
+
+    def minor(self, host: Host) -> int:
+        return 0 if host in self._old else NEWEST_MINOR
+
+    def failed(self, host: Host, exc: Exception, *, was_answered: bool) -> None:
+        """An attempt ended in this error; ``was_answered``: after the server had said something."""
+        if host in self._old:
+            self._old.discard(host)
+        elif isinstance(exc, ServerError):
+            if exc.sqlstate in ("0A000", "08P01"):
+                self._old.add(host)
+        elif not was_answered and isinstance(exc, ServerUnavailable | ConnectionError):
+            self._old.add(host)
+
+
 class Login:
     """One attempt to connect, over all hosts. ``run`` it once."""
 
-    def __init__(self, target: ServerTarget, traffic: Traffic) -> None:
+    def __init__(self, target: ServerTarget, traffic: Traffic, versions: Versions) -> None:
         self.has_connected = False
         """Whether the last host that was tried had taken the connection."""
         self._target = target
         self._traffic = traffic
+        self._versions = versions
 
     async def run(self, deadline: float) -> Session:
         """Log in somewhere. Raises OSError (TimeoutError is one), ServerError (the server refused),
@@ -157,7 +182,14 @@ class Login:
             try:
                 if with_tls:
                     await encrypt(link, address, self._target.tls)
-                return await _Authentication(self._target, link, address).run()
+                login = _Authentication(
+                    self._target, link, address, self._versions.minor(address.host)
+                )
+                try:
+                    return await login.run()
+                except (SidecarError, ConnectionError) as exc:
+                    self._versions.failed(address.host, exc, was_answered=login.was_answered)
+                    raise
             except SidecarError as exc:
                 link.abort()
                 is_decided = with_tls and link.encryption is None and not isinstance(exc, TlsFailed)
@@ -259,7 +291,9 @@ async def _first_value(session: Session, sql: bytes) -> bytes:
 class _Authentication:
     """Startup packet to ReadyForQuery."""
 
-    def __init__(self, target: ServerTarget, link: Link, address: Address) -> None:
+    def __init__(self, target: ServerTarget, link: Link, address: Address, minor: int) -> None:
+        self.was_answered = False
+        self._minor = minor
         self._target = target
         self._link = link
         self._session = Session(link, address)
@@ -268,7 +302,7 @@ class _Authentication:
 
     async def run(self) -> Session:
         link, session, target = self._link, self._session, self._target
-        link.write(startup_message(_startup_parameters(target)))
+        link.write(startup_message(_startup_parameters(target), self._minor))
         is_authenticated = False
         for _ in range(_MAX_MESSAGES):
             kind, body = await link.next_message()
@@ -276,6 +310,7 @@ class _Authentication:
                 return session
             if kind == m.ERROR_RESPONSE:
                 raise _refusal(body)
+            self.was_answered = True
             if kind == m.AUTHENTICATION and not is_authenticated:
                 await self._authenticate(body)
                 is_authenticated = body == _AUTH_OK

@@ -30,6 +30,7 @@ from sidecar.events import (
 )
 from sidecar.pool import health, report
 from sidecar.pool.budget import Budget
+from sidecar.pool.login import Versions
 from sidecar.pool.opening import Opener, Spawn
 from sidecar.pool.server import ServerConnection, cancel_query, clock
 from sidecar.pool.state import ConnectionState, PoolState
@@ -107,6 +108,7 @@ class Pool:
             share=None if share is None else self._ask,
         )
         self._spawn: Final = spawn
+        self._versions: Final = Versions()
         self._next_ping = 0.0
         self._ping_started: dict[ServerConnection, float] = {}
 
@@ -368,7 +370,7 @@ class Pool:
             waiter.refused(error)
 
     def _add(self) -> ServerConnection:
-        server = ServerConnection(self, self.target, self.traffic)
+        server = ServerConnection(self, self.target, self.traffic, self._versions)
         self.state.add(server)
         if self.budget is not None:
             self.budget.add(server, self)

@@ -16,7 +16,7 @@ from sidecar.errors import ServerUnavailable
 from sidecar.events import CloseReason, PinReason, Traffic
 from sidecar.pool.link import MAX_LOGIN_MESSAGE as MAX_LOGIN_MESSAGE
 from sidecar.pool.link import Address
-from sidecar.pool.login import Login, remember, send_cancel
+from sidecar.pool.login import Login, Versions, remember, send_cancel
 from sidecar.pool.state import ConnectionState
 from sidecar.protocol import messages as m
 from sidecar.protocol.startup import cancel_request
@@ -58,6 +58,7 @@ class ServerConnection:
     __slots__ = (
         "_buffer",
         "_closed",
+        "_versions",
         "address",
         "age_limit",
         "asked",
@@ -104,7 +105,14 @@ class ServerConnection:
         "undo",
     )
 
-    def __init__(self, owner: Owner, target: ServerTarget, traffic: Traffic) -> None:
+    def __init__(
+        self,
+        owner: Owner,
+        target: ServerTarget,
+        traffic: Traffic,
+        versions: Versions | None = None,
+    ) -> None:
+        self._versions: Final = versions or Versions()
         self.owner: Final = owner
         self.target: Final = target
         self.traffic: Final = traffic
@@ -275,7 +283,7 @@ class ServerConnection:
 
         Raises OSError, ServerError (the server refused), ServerProtocolError, ServerUnavailable.
         """
-        login = Login(self.target, self.traffic)
+        login = Login(self.target, self.traffic, self._versions)
         try:
             session = await login.run(deadline)
         finally:

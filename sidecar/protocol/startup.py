@@ -107,10 +107,10 @@ def _startup_message(minor: int, body: bytes) -> StartupMessage:
     return StartupMessage(minor, {k: v for k, v in pairs.items() if k not in unknown}, unknown)
 
 
-def startup_message(parameters: dict[bytes, bytes]) -> bytes:
-    """StartupMessage of protocol 3.0."""
+def startup_message(parameters: dict[bytes, bytes], minor: int = 0) -> bytes:
+    """StartupMessage of protocol 3."""
     body = b"".join(k + b"\0" + v + b"\0" for k, v in parameters.items()) + b"\0"
-    return _INT.pack(len(body) + 8) + _INT.pack(3 << 16) + body
+    return _INT.pack(len(body) + 8) + _INT.pack(3 << 16 | minor) + body
 
 
 def cancel_request(pid: int, secret: bytes) -> bytes:

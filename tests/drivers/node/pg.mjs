@@ -167,9 +167,10 @@ function copies(at) {
     const lines = (from, to) => Array.from({ length: to - from }, (_, n) => `${from + n}\tü${n}\n`)
     await pipeline(Readable.from(lines(0, 3000)), client.query(copyFrom('COPY copied FROM STDIN')))
     const seen = [await refused(pipeline(Readable.from(lines(2990, 3010)), client.query(copyFrom('COPY copied FROM STDIN'))))]
-    let text = ''
-    const into = new Writable({ write(chunk, _, done) { text += chunk; done() } })
+    const chunks = []
+    const into = new Writable({ write(chunk, _, done) { chunks.push(chunk); done() } })
     await pipeline(client.query(copyTo('COPY (SELECT * FROM copied ORDER BY id) TO STDOUT')), into)
+    const text = Buffer.concat(chunks).toString()
     assert.equal(text, lines(0, 3000).join(''))
     return [...seen, text.length, rows(await client.query('SELECT count(*) FROM copied'))]
   })
