@@ -7,6 +7,7 @@ must cost well under a microsecond; only a text with a suspicious word is looked
 """
 
 import re
+from collections import OrderedDict
 from typing import Final
 
 from sidecar.events import Operation
@@ -48,6 +49,9 @@ LASTING: Final = ROLE | UNNAMED | LISTEN | TEMP_TABLE | ADVISORY_LOCK | CURSOR |
 
 UNKNOWN: Final = LASTING & ~(LOAD | UNNAMED) | SETTING | UNDO | DIALECT
 """Of a text that cannot be looked at."""
+
+_CACHED_TEXT: Final = 4096  # bytes; longer texts are classified each time
+_CACHED_TEXTS: Final = 2048
 
 
 class Query:
@@ -185,6 +189,24 @@ def classify(text: bytes) -> Query:
         return Query(int(operation), UNKNOWN)
     effects, resets, names = session_effects(low)
     return Query(int(operation), effects, resets, names) if effects or resets else _PLAIN[operation]
+
+
+class TextCache:
+    """Classification by text, least recently added first out. For the extended protocol, where
+    texts come back; in simple mode the literals are part of the text and nothing would hit."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[bytes, Query] = OrderedDict()
+
+    def classify(self, text: bytes) -> Query:
+        found = self._known.get(text)
+        if found is None:
+            found = classify(text)
+            if len(text) <= _CACHED_TEXT:
+                self._known[text] = found
+                if len(self._known) > _CACHED_TEXTS:
+                    self._known.popitem(last=False)
+        return found
 
 
 def session_effects(low: bytes) -> tuple[int, frozenset[bytes], frozenset[bytes]]:

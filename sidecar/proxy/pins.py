@@ -86,6 +86,19 @@ def reason_of(effects: int) -> PinReason | None:
     return None
 
 
+def suspect(server: ServerConnection, query: sql.Query) -> None:
+    """What this query may leave behind; the server is asked when the transaction is over."""
+    effects = query.effects & ~(sql.DEALLOCATE | sql.DIALECT)
+    if query.effects & sql.DIALECT:
+        server.is_odd = True
+    if effects & (sql.LASTING | sql.SETTING) or server.effects:
+        server.effects |= effects
+        if query.names:
+            server.custom_settings |= query.names
+        if effects & sql.LOAD:
+            server.age_limit = 0.0  # the library stays for as long as the backend does
+
+
 def question(effects: int, names: frozenset[bytes], user: bytes, role: bytes) -> bytes:
     """The SQL that asks whether these effects are there.
 

@@ -1,6 +1,6 @@
 """What a pool's policies refuse, and what the client is told then.
 
-Pure. The statement itself is replaced by one that the server must refuse (``requests``), so that a
+Pure. The statement itself is replaced by one that the server must refuse (``rewriter``), so that a
 transaction fails as it does after any error; the text of the error is ours (``replies``).
 """
 
@@ -10,7 +10,7 @@ from sidecar.config import PoolConfig
 from sidecar.events import PinPolicy, PoolMode
 from sidecar.protocol import messages as m
 from sidecar.proxy.pins import reason_of
-from sidecar.sql import LASTING
+from sidecar.sql import LASTING, TEMP_TABLE, UNKNOWN, Query, begins_block
 
 _SQLSTATE: Final = "0A000"  # feature_not_supported
 
@@ -31,10 +31,27 @@ def name_is_taken(name: bytes) -> bytes:
     return m.error_response("ERROR", "42P05", f'prepared statement "{shown}" already exists')
 
 
-def refused_effects(config: PoolConfig) -> int:
-    """The effects that no statement may have in this pool, see ``sql``."""
-    is_refusing = config.pin is PinPolicy.REFUSE and config.mode is not PoolMode.SESSION
-    return LASTING if is_refusing else 0
+class Policy:
+    """What the statements of one client may not do."""
+
+    __slots__ = ("_refused", "refuses_blocks")
+
+    def __init__(self, config: PoolConfig) -> None:
+        is_refusing = config.pin is PinPolicy.REFUSE and config.mode is not PoolMode.SESSION
+        self._refused: Final = LASTING if is_refusing else 0  # effects, see ``sql``
+        self.refuses_blocks: Final = config.mode is PoolMode.STATEMENT
+
+    def refusal(self, query: Query, text: bytes) -> bytes:
+        """The ErrorResponse for it; empty: it is allowed. To be asked if the query has effects, or
+        if this ``refuses_blocks``."""
+        if self.refuses_blocks and begins_block(query, text):
+            return NO_BLOCKS
+        effects = query.effects & self._refused
+        if not effects or query.effects == UNKNOWN:
+            return b""
+        if effects == TEMP_TABLE and b"on commit drop" in text.lower():
+            return b""
+        return no_pin(effects)
 
 
 def no_pin(effects: int) -> bytes:

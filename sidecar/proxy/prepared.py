@@ -2,9 +2,10 @@
 
 Pure. In transaction mode a client's statement may be missing on the connection it gets, and two
 clients may use one name for different texts. So a statement has a name of ours on every server
-connection, derived from text, parameter types and the settings they are parsed by; ``proxy.relay`` renames, and sends a Parse first
-where a connection lacks it. Statements are shared by all clients of a pool and forgotten with the
-last of them; how many one server connection keeps is bounded (least recently used first out).
+connection, derived from text, parameter types and the settings they are parsed by; ``statements``
+renames, and sends a Parse first where a connection lacks it. Statements are shared by all clients of a
+pool and forgotten with the last of them; how many one server connection keeps is bounded (least
+recently used first out).
 """
 
 from itertools import count

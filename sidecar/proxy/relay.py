@@ -27,13 +27,12 @@ from sidecar.proxy import expect
 from sidecar.proxy.carrier import Carrier
 from sidecar.proxy.limits import CANCEL, CLIENT_IDLE, QUERY, Limits, Over
 from sidecar.proxy.pins import Inquiry, reason_of
-from sidecar.proxy.policy import refused_effects
 from sidecar.proxy.prepared import PreparedTable
 from sidecar.proxy.replies import CHECKED, Replies
-from sidecar.proxy.requests import Requests, TextCache
+from sidecar.proxy.requests import Requests
 from sidecar.proxy.settings import Settings, SettingsTable
 from sidecar.proxy.unleased import GOODBYE, IGNORED_SYNC, NEED, Unleased
-from sidecar.sql import NONE
+from sidecar.sql import NONE, TextCache
 
 log = logging.getLogger("pgsidecar.proxy")
 
@@ -134,16 +133,8 @@ class Relay:
         self.carrier: Final = Carrier(tables.settings, settings, pool.opener.parameters)
         self.transport: Any = None  # asyncio.Transport
         self.server: ServerConnection | None = None
-        self.requests: Final = Requests(
-            tables.texts,
-            tables.statements,
-            renames=pool.config.mode is not PoolMode.SESSION,
-            statement_limit=pool.config.max_prepared_statements,
-            observer=pool.observer,
-            refused=refused_effects(pool.config),
-            refuses_blocks=pool.config.mode is PoolMode.STATEMENT,
-        )
-        self.requests.dialect = self.carrier.settings.dialect
+        self.requests: Final = Requests(tables.texts, tables.statements, pool.config, pool.observer)
+        self.requests.statements.dialect = self.carrier.settings.dialect
         self._holds_lease: Final = pool.config.mode is PoolMode.SESSION
         self._is_one_statement: Final = pool.config.mode is PoolMode.STATEMENT
         self.replies: Final = Replies(
@@ -198,7 +189,7 @@ class Relay:
             self._setup_rest += data
             if len(self._setup_rest) > HELD_BACK:
                 self.transport.pause_reading()
-        elif requests.awaits_sync or requests.awaits_check is not None:
+        elif requests.awaits_sync or requests.statements.awaits_check is not None:
             self._hold_back(data)
         elif server.lacks and self.replies.is_at_rest and server.tx_status == m.IDLE:
             self._set_back(server, data)
@@ -582,7 +573,7 @@ class Relay:
         server.pin = reason_of(inquiry.there)
         if inquiry.settings is not None:
             self.carrier.note_session(server, inquiry.settings, stays=bool(inquiry.there))
-            self.requests.dialect = self.carrier.settings.dialect
+            self.requests.statements.dialect = self.carrier.settings.dialect
         if server.pin is not None and not was_pinned:
             server.pinned_at = now
             self._pool.observer.pinned(server.pin)
@@ -606,7 +597,7 @@ class Relay:
         rest = self._take_held_back()
         if rest:
             self.replies.is_at_rest = True  # nothing of the client's has been sent
-        self.requests.dialect = self.carrier.settings.dialect
+        self.requests.statements.dialect = self.carrier.settings.dialect
         if error is not None:
             self._leave(server, CloseReason.SETTINGS_FAILED, now)
             text = m.error_fields(error).get("M", "a startup parameter was refused")
@@ -624,14 +615,14 @@ class Relay:
         if values:
             carrier.note_values(server, values, requests.resets)
             requests.resets = NONE
-        requests.dialect = carrier.settings.dialect
+        requests.statements.dialect = carrier.settings.dialect
         if replies.is_at_rest and server.tx_status == m.IDLE:
             server.is_odd = False
         news = carrier.take_news()
         if news:
             self._write(news)
-        if is_checked and requests.awaits_check is not None:
-            requests.checked(server)
+        if is_checked and requests.statements.awaits_check is not None:
+            requests.statements.checked()
             data, requests.rest = requests.rest, b""
             if len(data) > HELD_BACK:
                 self.transport.resume_reading()

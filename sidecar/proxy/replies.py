@@ -76,6 +76,7 @@ class Replies:
         "_parameters",
         "_requests",
         "_start",
+        "_statements",
         "_threshold",
         "held",
         "incoming",
@@ -94,7 +95,8 @@ class Replies:
         holds_lease: bool,
     ) -> None:
         """``holds_lease``: what the server says between transactions is for this client, too."""
-        self._requests = requests
+        self._requests: Final = requests
+        self._statements: Final = requests.statements
         self._observer = observer
         self._threshold = slow_query_threshold
         self._holds_lease = holds_lease
@@ -271,7 +273,7 @@ class Replies:
             statement.shape = found
         elif statement.shape != found:
             statement.is_stale = True
-        if self._requests.awaits_check is statement:
+        if self._statements.awaits_check is statement:
             self.values.append(CHECKED)
 
     def _closed(self, server: ServerConnection, data: bytes, pos: int, end: int) -> None:
@@ -357,7 +359,7 @@ class Replies:
             if server.undo:
                 server.is_dirty = True  # what is prepared behind it will not be in our books
             server.prepared.clear()
-            self._requests.forget_statements()
+            self._statements.forget_named()
         if is_all:  # undoes whatever pinned, and our settings too: the server is asked
             if len(server.expected) <= 1:
                 server.effects &= ~(UNNAMED | LOAD)  # which nobody can be asked for
@@ -368,7 +370,7 @@ class Replies:
     def _note_changed_tables(self) -> None:
         """What is prepared from now on must not share a plan that may be out of date."""
         self._has_changed_tables = True
-        self._requests.renew_statements()
+        self._statements.renew()
 
     def _executed(self, server: ServerConnection, now: float) -> None:
         server.expected.popleft()
@@ -408,7 +410,7 @@ class Replies:
                 server.tx_started = now if server.operations else 0.0
             if self._has_changed_tables:  # only now for the others
                 self._has_changed_tables = False
-                self._requests.renew_statements()
+                self._statements.renew()
         elif status != m.IN_TRANSACTION and status != m.FAILED:
             raise ServerProtocolError(f"unknown transaction status {status} from the server")
         server.cycle_failed = False
@@ -429,22 +431,22 @@ class Replies:
             server.last_error = sqlstate
             self.said_fatal = True
         if b"\0RRevalidateCachedQuery\0" in body:
-            self._requests.renew_statements()
+            self._statements.renew()
         expected = server.expected
         if expected and expected[0] not in _ENDS_BY_ITSELF:
             has_parse, has_ours = m.PARSE in expected, expect.OUR_UNNAMED_PARSE in expected
             dropped = expect.skip_to_sync(server)
             if m.PARSE not in expected and expect.OUR_UNNAMED_PARSE not in expected:
                 if has_parse:
-                    self._requests.forget_unnamed()  # the server did, or never had it
+                    self._statements.forget_unnamed()  # the server did, or never had it
                 elif has_ours:
-                    self._requests.miss_unnamed()
+                    self._statements.miss_unnamed()
             if dropped:
                 # The first of them failed, or could not begin; the others never ran.
                 self._query_done(server, now)
                 for _ in range(dropped - 1):
                     server.operations.popleft()
-            if self._requests.awaits_check is not None and expect.OUR_DESCRIBE not in expected:
+            if self._statements.awaits_check is not None and expect.OUR_DESCRIBE not in expected:
                 self.values.append(CHECKED)
 
     def abandon(self, server: ServerConnection, now: float) -> None:

@@ -41,5 +41,5 @@ def _client(relay: Relay) -> ClientSnapshot:
         waiting_since=relay.waiting_since if relay.is_waiting else 0.0,
         deadline=relay.deadline if relay.is_waiting else 0.0,
         server=0 if server is None else server.id,
-        prepared_statements=relay.requests.statements,
+        prepared_statements=len(relay.requests.statements),
     )
