@@ -42,6 +42,7 @@ LOAD: Final = 128  # a library: nothing takes it out again
 UNDO: Final = 256  # takes one of them back, perhaps
 DEALLOCATE: Final = 512  # one statement that names one prepared statement
 UNNAMED: Final = 1024  # a setting whose name is not in the text
+UNCARRIED: Final = 4096  # a setting that is too long, or not ASCII: no text tells, the server does
 DIALECT: Final = 2048  # a setting, local ones included: what is parsed next may mean something else
 
 LASTING: Final = ROLE | UNNAMED | LISTEN | TEMP_TABLE | ADVISORY_LOCK | CURSOR | PREPARE | LOAD

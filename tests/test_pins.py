@@ -76,12 +76,19 @@ UNDONE = [
     ("SET ROLE pg_monitor", "set", "SET ROLE NONE"),
     ("SET SESSION AUTHORIZATION pg_monitor", "set", "RESET SESSION AUTHORIZATION"),
     ("SELECT set_config(lower('A.B'), 'x', false)", "set", "DISCARD ALL"),
+    ("SELECT set_config('a.long', repeat('x', 200000), false)", "set", "DISCARD ALL"),
+    ("SET a.umlaut = 'ü'", "set", "DISCARD ALL"),
+    (
+        "SET search_path = " + ", ".join(f"schema_{n}" for n in range(500)),
+        "set",
+        "RESET search_path",
+    ),
     ("LOAD 'plpgsql'", "set", "DISCARD ALL"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("pins", "reason", "undoes"), UNDONE, ids=[f"{p} / {u}" for p, _, u in UNDONE]
+    ("pins", "reason", "undoes"), UNDONE, ids=[f"{p[:60]} / {u}" for p, _, u in UNDONE]
 )
 async def test_what_pins_is_shown_and_ends_when_it_is_undone(
     postgres: EmbeddedPostgres, make_service: MakeService, pins: str, reason: str, undoes: str

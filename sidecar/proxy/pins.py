@@ -25,6 +25,7 @@ REASONS: Final = (
     (sql.PREPARE, PinReason.PREPARE),
     (sql.ROLE, PinReason.SET),
     (sql.UNNAMED, PinReason.SET),
+    (sql.UNCARRIED, PinReason.SET),
     (sql.LOAD, PinReason.SET),
 )
 """Why an effect pins; the first one that is there is told."""
@@ -32,11 +33,14 @@ REASONS: Final = (
 _LONGEST_VALUE: Final = 4096
 """Bytes of a setting's value that are carried along; with a longer one, the connection stays."""
 
+_ANY_SETTING: Final = sql.SETTING | sql.UNCARRIED
+
 # Of operators and functions only the server's own: the client's search_path may have others first.
 _EQ: Final = b" OPERATOR(pg_catalog.=) "
 
 _SETTINGS: Final = (
-    b"SELECT 's', name, setting FROM pg_catalog.pg_settings WHERE source" + _EQ + b"'session'"
+    b"SELECT 's', name, pg_catalog.substr(setting, 1, %d)"
+    b" FROM pg_catalog.pg_settings WHERE source" + _EQ + b"'session'"
     b" AND name NOT IN ('transaction_isolation','transaction_read_only','transaction_deferrable')"
 )
 
@@ -106,10 +110,11 @@ def question(effects: int, names: frozenset[bytes], user: bytes, role: bytes) ->
     at the login.
     """
     parts = [part for effect, part in _QUESTIONS if effects & effect]
-    if effects & sql.SETTING:
-        parts.append(_SETTINGS)
+    if effects & _ANY_SETTING:
+        parts.append(_SETTINGS % (_LONGEST_VALUE + 1))
         parts += [
-            b"SELECT 's', %b, pg_catalog.current_setting(%b, true)" % (literal(name), literal(name))
+            b"SELECT 's', %b, pg_catalog.substr(pg_catalog.current_setting(%b, true), 1, %d)"
+            % (literal(name), literal(name), _LONGEST_VALUE + 1)
             for name in sorted(names)
         ]
     if effects & sql.ROLE:
@@ -140,7 +145,7 @@ class Inquiry:
         """Messages for the client that came in between."""
         names = server.custom_settings.union(name for name in settings.values if b"." in name)
         text = question(self._effects, names, user, settings.values.get(b"role", b"none"))
-        if self._effects & sql.SETTING:
+        if self._effects & _ANY_SETTING:
             self.settings = {}
         server.expected.append(expect.SETUP)
         server.write(m.query(text))
@@ -181,8 +186,8 @@ class Inquiry:
         if self._failed:  # a statement_timeout, say: believe the worst
             self.settings = None
             self.there |= self._effects & sql.LASTING
-            if self._effects & sql.SETTING:
-                self.there |= sql.UNNAMED
+            if self._effects & _ANY_SETTING:
+                self.there |= sql.UNCARRIED
 
     def _take_row(self, body: bytes) -> None:
         kind, name, value = _columns(body)
@@ -192,7 +197,7 @@ class Inquiry:
             if value.isascii() and len(value) <= _LONGEST_VALUE:
                 self.settings[name.lower()] = value
             else:
-                self.there |= sql.UNNAMED
+                self.there |= sql.UNCARRIED
 
 
 def _columns(body: bytes) -> tuple[bytes | None, bytes | None, bytes | None]:
