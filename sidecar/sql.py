@@ -43,6 +43,7 @@ UNDO: Final = 256  # takes one of them back, perhaps
 DEALLOCATE: Final = 512  # one statement that names one prepared statement
 UNNAMED: Final = 1024  # a setting whose name is not in the text
 UNCARRIED: Final = 4096  # a setting that is too long, or not ASCII: no text tells, the server does
+RESET: Final = 8192  # of a setting, or of all
 DIALECT: Final = 2048  # a setting, local ones included: what is parsed next may mean something else
 
 LASTING: Final = ROLE | UNNAMED | LISTEN | TEMP_TABLE | ADVISORY_LOCK | CURSOR | PREPARE | LOAD
@@ -147,7 +148,7 @@ _EFFECTS: Final = (
     (LOAD, re.compile(rb"load\b").match),
     (ADVISORY_LOCK, re.compile(rb"\bpg_(?:try_)?advisory_lock(?:_shared)? ?\(").search),
     (UNDO, re.compile(rb"(?:unlisten|drop|close|deallocate|discard)\b").match),
-    (SETTING | UNDO, re.compile(rb"reset\b").match),
+    (RESET | UNDO, re.compile(rb"reset\b").match),
     (UNDO, re.compile(rb"\bpg_advisory_unlock(?:_shared|_all)? ?\(").search),
     (DEALLOCATE, re.compile(rb"deallocate(?! all\b)(?! prepare all\b)").match),
 )

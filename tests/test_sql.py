@@ -14,7 +14,7 @@ from sidecar.sql import classify, deallocated
 
 SET, LISTEN, TEMP, LOAD = sql.SETTING, sql.LISTEN, sql.TEMP_TABLE, sql.LOAD
 LOCK, CURSOR, PREPARE, UNNAMED = sql.ADVISORY_LOCK, sql.CURSOR, sql.PREPARE, sql.UNNAMED
-LEAVING = sql.LASTING | sql.SETTING
+LEAVING = sql.LASTING | sql.SETTING | sql.RESET
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ LEAVES_BEHIND = [
     ("select pg_catalog.set_config('work_mem', $1, $2)", SET),
     ("select set_config($1, $2, false)", SET | UNNAMED),
     ("select set_config('a.b', 'x', false), set_config(lower('A.C'), 'y', false)", SET | UNNAMED),
-    ("reset work_mem", SET),
+    ("reset work_mem", sql.RESET),
     ("select set_config('a.b', 'x', true), set_config('a.c', 'y', false)", SET),
     ("select set_config ( 'a.b' , 'x' , FALSE )", SET),
     ("insert into t select set_config('a.b', 'x', false)", SET),
@@ -372,7 +372,7 @@ PIECES = [
 def test_no_text_is_too_odd(text):
     query = classify(text.encode())
     assert Operation(query.operation) in Operation
-    assert 0 <= query.effects < 4096
+    assert 0 <= query.effects < 16384
 
 
 @steady

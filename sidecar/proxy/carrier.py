@@ -13,6 +13,8 @@ from sidecar.protocol import messages as m
 from sidecar.proxy import expect
 from sidecar.proxy.replies import RESET, status_of
 from sidecar.proxy.settings import READ_ONLY, Settings, SettingsTable, change
+from sidecar.sql import RESET as RESET_EFFECT
+from sidecar.sql import SETTING, UNDO
 
 _SET_REPLIES: Final = frozenset(
     {
@@ -32,6 +34,7 @@ class Carrier:
         "_home",
         "_is_spelled",
         "_news",
+        "_reported",
         "_table",
         "error",
         "is_setting",
@@ -47,6 +50,7 @@ class Carrier:
         self._home = settings.canonical or settings  # what RESET returns to
         self._is_spelled = settings.canonical is not None  # as the server does
         self._defaults: Final = defaults
+        self._reported: Final = frozenset(name.lower() for name in defaults)
         self._news: list[bytes] = []
         self.settings = self._home
         self.is_setting = False  # the server's next replies are to our own SET
@@ -199,6 +203,24 @@ class Carrier:
             server.lacks = {name: value for name, value in home.items() if name not in found}
         else:
             server.settings = self._table.intern(found)
+            server.lacks = {}
+
+    def judge_reset(self, server: ServerConnection) -> None:
+        """After a RESET: is there anything that the server has to be asked for?
+
+        Not where all that the client has set is reported: then it has been told. Pools of drivers say
+        RESET ALL whenever a connection is given back, and reading all settings takes a millisecond.
+        """
+        if not server.effects & RESET_EFFECT:
+            return
+        server.effects &= ~RESET_EFFECT
+        if any(name not in self._reported for name in self.settings.values):
+            server.effects |= SETTING
+        elif server.effects == UNDO:
+            server.effects = 0
+            values = {} if server.settings is None else server.settings.values
+            left = {name: value for name, value in values.items() if name not in server.lacks}
+            server.settings = self._table.intern(left)
             server.lacks = {}
 
     def take_news(self) -> bytes:

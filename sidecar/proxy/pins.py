@@ -95,7 +95,7 @@ def suspect(server: ServerConnection, query: sql.Query) -> None:
     effects = query.effects & ~(sql.DEALLOCATE | sql.DIALECT)
     if query.effects & sql.DIALECT:
         server.is_odd = True
-    if effects & (sql.LASTING | sql.SETTING) or server.effects:
+    if effects & (sql.LASTING | sql.SETTING | sql.RESET) or server.effects:
         server.effects |= effects
         if query.names:
             server.custom_settings |= query.names

@@ -553,6 +553,9 @@ class Relay:
         if self._pool.config.pin is PinPolicy.OFF:
             server.is_dirty = True
             return False
+        self.carrier.judge_reset(server)
+        if not server.effects:
+            return False
         if server.effects != server.asked and not self._is_server_full:
             user = self._pool.opener.parameters.get(b"session_authorization", b"")
             self._inquiry = Inquiry(server, user, self.carrier.settings)
