@@ -192,6 +192,23 @@ CONVERSATIONS: dict[str, list[Step]] = {
         parse("select 1") + bind() + execute() + parse("select 2") + bind() + execute() + SYNC,
         parse("select 1") + bind() + execute() + parse("selec") + bind() + execute() + SYNC,
     ],
+    "a name that is not taken after all": [
+        (
+            (parse("select * from nowhere", "a") + SYNC)
+            + (parse("select 1", "a") + bind(name="a") + execute() + SYNC),
+            2,
+        ),
+        (close("S", "b") + SYNC + parse("select 2", "b") + SYNC + close("S", "b") + SYNC, 3),
+    ],
+    "a text that is not prepared after all": [
+        query("begin"),
+        (
+            (query("select 1/0") + parse("select 5", "a") + SYNC)
+            + (parse("select 5", "b") + bind(name="b") + execute() + SYNC),
+            3,
+        ),
+        query("rollback"),
+    ],
     "a query in the middle": [
         (parse("select 1") + bind() + execute() + query("select 2") + SYNC, 2),
         (parse("select 1/0") + bind() + execute() + query("select 2") + SYNC, 1),

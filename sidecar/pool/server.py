@@ -103,6 +103,7 @@ class ServerConnection:
         "tx_started",
         "tx_status",
         "undo",
+        "undoes",
     )
 
     def __init__(
@@ -158,6 +159,7 @@ class ServerConnection:
         self.settings: Any = None  # proxy.settings.Settings in force; None as connected
         self.lacks: Mapping[bytes, bytes] = {}  # of its client's settings, since a RESET
         self.is_dirty = False
+        self.undoes = False  # what is under way may be DEALLOCATE ALL
         self.is_odd = (
             False  # other settings than its client's may be in force, for this transaction
         )

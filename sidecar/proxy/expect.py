@@ -84,6 +84,23 @@ def skip_to_sync(server: ServerConnection) -> int:
     return queries
 
 
+def is_open(
+    server: ServerConnection, name: bytes, statements: tuple[Prepared | None, Prepared | None]
+) -> bool:
+    """Whether a cycle that is under way, but ends before the next one begins, prepares or closes what
+    has this name or is one of these statements."""
+    undo = iter(server.undo)
+    is_concerned = False
+    for code in server.expected:
+        if code in _WITH_UNDO:
+            names, its_name, statement = next(undo)
+            if statement in statements or (names is not None and its_name == name):
+                is_concerned = True
+        elif is_concerned and code in (m.SYNC, DEALLOCATED):
+            return True
+    return False
+
+
 def _undo(server: ServerConnection, code: int, undo: Undo) -> None:
     statements, name, statement = undo
     if code in (PARSE_NAMED, OUR_PARSE):

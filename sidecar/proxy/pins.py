@@ -95,6 +95,8 @@ def suspect(server: ServerConnection, query: sql.Query) -> None:
     effects = query.effects & ~(sql.DEALLOCATE | sql.DIALECT)
     if query.effects & sql.DIALECT:
         server.is_odd = True
+    if effects & sql.UNDO:
+        server.undoes = True
     if effects & (sql.LASTING | sql.SETTING | sql.RESET) or server.effects:
         server.effects |= effects
         if query.names:

@@ -189,7 +189,11 @@ class Relay:
             self._setup_rest += data
             if len(self._setup_rest) > HELD_BACK:
                 self.transport.pause_reading()
-        elif requests.awaits_sync or requests.statements.awaits_check is not None:
+        elif (
+            requests.awaits_sync
+            or requests.statements.awaits_outcome
+            or requests.statements.awaits_check is not None
+        ):
             self._hold_back(data)
         elif server.lacks and self.replies.is_at_rest and server.tx_status == m.IDLE:
             self._set_back(server, data)
@@ -402,6 +406,23 @@ class Relay:
                 self._end_lease(server, now)
             elif self._is_one_statement:
                 self._refuse_transaction()
+        if self.requests.statements.awaits_outcome and (
+            self.server is not server
+            or not server.expected
+            or server.copy_in  # what the server waits for may be what we hold back
+            or self._is_holding
+        ):
+            self._take_up()
+
+    def _take_up(self) -> None:
+        """The outcome of earlier cycles is known: what has waited for it goes on."""
+        requests = self.requests
+        requests.statements.awaits_outcome = False
+        data, requests.rest = requests.rest, b""
+        if len(data) > HELD_BACK:
+            self.transport.resume_reading()
+        self._pool.traffic.client_received -= len(data)  # they have been counted
+        self.data_received(data)
 
     def _refuse_transaction(self) -> None:
         self._fail(

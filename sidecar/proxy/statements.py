@@ -38,6 +38,7 @@ class Statements:
         "_rewriter",
         "_table",
         "awaits_check",
+        "awaits_outcome",
         "dialect",
         "has_unnamed",
         "operation",
@@ -66,6 +67,7 @@ class Statements:
         self.has_unnamed = False  # this connection has it
         self.operation = int(Operation.OTHER)  # of the last Bind
         self.dialect = b""  # of the client's settings
+        self.awaits_outcome = False  # of earlier cycles, and what depends on it waits
         self.awaits_check: Prepared | None = (
             None  # our Describe of it is on its way: what uses it waits
         )
@@ -122,6 +124,8 @@ class Statements:
             self._named[name] = statement
             server.expected.append(m.PARSE)
             return
+        if server.undo or server.undoes:
+            self._await_outcome(server, name, statement, data, pos)
         before = self._named.get(name)
         if before is not None:
             # The server must refuse this as on a direct connection (42P05): have it try.
@@ -152,6 +156,8 @@ class Statements:
     ) -> bool:
         """An unnamed Parse whose text is DEALLOCATE. False if the client has no such statement."""
         statement = self._named.get(name)
+        if server.undo or server.undoes:
+            self._await_outcome(server, name, statement, data, pos)
         if statement is None:
             return False
         statement = self._ensure(server, name, statement, data, pos)
@@ -188,6 +194,8 @@ class Statements:
             if is_statement and not name:
                 self.forget_unnamed()
             return
+        if server.undo or server.undoes:
+            self._await_outcome(server, name, self._named.get(name), data, pos)
         self._rewriter.replace(data, pos, end, _CLOSE_NOTHING)
         statement = self._named.pop(name, None)
         if statement is None:
@@ -212,6 +220,8 @@ class Statements:
                 suspect(server, statement.query)
         if not self._renames:
             return
+        if server.undo or server.undoes:
+            self._await_outcome(server, name, statement, data, pos)
         if statement is not None:
             if statement.is_stale:
                 # as on a connection of the client's own, it fails until it is prepared anew
@@ -273,6 +283,20 @@ class Statements:
             self.awaits_check = statement
             raise Unsure(pos)
         return statement
+
+    def _await_outcome(
+        self, server: ServerConnection, name: bytes, at: Prepared | None, data: bytes, pos: int
+    ) -> None:
+        """Raises Unsure if the message at ``pos`` has to wait: in a pipeline, a cycle before it may
+        fail, and what that prepared or closed is then not what our books say."""
+        if not server.expected or server.copy_in:  # nothing is open, or the server waits for us
+            server.undoes = server.undoes and server.copy_in
+            return
+        victim = prepared.oldest(server, self._limit)
+        if server.undoes or expect.is_open(server, name, (at, victim)):
+            self._rewriter.insert(data, pos, m.FLUSH_MESSAGE)
+            self.awaits_outcome = True
+            raise Unsure(pos)
 
     def checked(self) -> None:
         """The server has answered: what waits may go on, or is refused if the types have changed."""
