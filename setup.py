@@ -27,6 +27,8 @@ HOT_MODULES = [
     "sidecar/proxy/replies.py",
     "sidecar/proxy/unleased.py",
     "sidecar/proxy/carrier.py",
+    "sidecar/proxy/tables.py",
+    "sidecar/proxy/errands.py",
     "sidecar/proxy/relay.py",
     "sidecar/observe/sketch.py",
     "sidecar/observe/recorder.py",

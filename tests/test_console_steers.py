@@ -211,7 +211,7 @@ def test_kill_client_knows_the_console_s_clients_and_nobody_else(sidecar, admin)
 def test_a_client_that_does_not_read_is_killed_too(sidecar, admin):
     client = sidecar.login("deaf")
     client.send(query("SELECT repeat('x', 1000) FROM generate_series(1, 100000)"))
-    sidecar.until(lambda: sidecar.operations.listener.relays()[0]._is_write_paused, "it is deaf")
+    sidecar.until(lambda: sidecar.operations.listener.relays()[0].is_write_paused, "it is deaf")
     done(admin, f"KILL_CLIENT {one(admin, 'SHOW CLIENTS', user='deaf')['id']}")
     sidecar.until_whole(clients=1)
 

@@ -61,6 +61,11 @@ class Carrier:
         """Whether the client brings what no server of the pool has accepted yet."""
         return not self._home.is_proven
 
+    @property
+    def application(self) -> str:
+        """The client's ``application_name``."""
+        return self.settings.values.get(b"application_name", b"").decode("utf-8", "replace")
+
     def told(self) -> list[bytes]:
         """ParameterStatus messages for the login, where no server connection is at hand."""
         values = self.settings.values

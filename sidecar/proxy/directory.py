@@ -24,7 +24,7 @@ from sidecar.pool.pool import Pool
 from sidecar.pool.report import in_one
 from sidecar.pool.server import ServerConnection, clock
 from sidecar.proxy.login import Login
-from sidecar.proxy.relay import PoolTables
+from sidecar.proxy.tables import PoolTables
 
 log = logging.getLogger("pgsidecar.proxy")
 

@@ -28,9 +28,10 @@ from sidecar.proxy.guests import Console, Guest, NoConsole
 from sidecar.proxy.limits import Limits, limits_of
 from sidecar.proxy.login import Login
 from sidecar.proxy.places import Places
-from sidecar.proxy.relay import PoolTables, Relay
+from sidecar.proxy.relay import Relay
 from sidecar.proxy.session import Session
 from sidecar.proxy.sweeper import Sweeper
+from sidecar.proxy.tables import PoolTables
 
 log = logging.getLogger("pgsidecar.proxy")
 

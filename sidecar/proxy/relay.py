@@ -8,33 +8,21 @@ the transaction is over and nothing pins the connection.
 """
 
 import asyncio
-import logging
-from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from sidecar.errors import (
-    ClientProtocolError,
-    PoolError,
-    ServerConnectionLost,
-    ServerProtocolError,
-    SidecarError,
-)
-from sidecar.events import CloseReason, ErrorOrigin, ErrorReason, Phase, PinPolicy, PoolMode
-from sidecar.pool.pool import Pool
+from sidecar.errors import ClientProtocolError, PoolError, ServerProtocolError, SidecarError
+from sidecar.events import CloseReason, PoolMode
 from sidecar.pool.server import ServerConnection, clock
 from sidecar.protocol import messages as m
-from sidecar.proxy import expect
+from sidecar.proxy import endings, expect
 from sidecar.proxy.carrier import Carrier
-from sidecar.proxy.limits import CANCEL, CLIENT_IDLE, QUERY, Limits, Over
-from sidecar.proxy.pins import Inquiry, reason_of
-from sidecar.proxy.prepared import PreparedTable
-from sidecar.proxy.replies import CHECKED, Replies
+from sidecar.proxy.errands import Errands
+from sidecar.proxy.limits import Limits
+from sidecar.proxy.replies import Replies
 from sidecar.proxy.requests import Requests
-from sidecar.proxy.settings import Settings, SettingsTable
+from sidecar.proxy.settings import Settings
+from sidecar.proxy.tables import Client, PoolTables
 from sidecar.proxy.unleased import GOODBYE, IGNORED_SYNC, NEED, Unleased
-from sidecar.sql import NONE, TextCache
-
-log = logging.getLogger("pgsidecar.proxy")
 
 HELD_BACK: Final = 64 * 1024
 """Bytes of a waiting client that are kept before its socket is not read any more."""
@@ -44,17 +32,6 @@ _SHUTTING_DOWN: Final = "terminating connection because the connection pool shut
 
 _SAMPLED: Final = 64
 """One lease in so many is timed for ``proxy_overhead_seconds``."""
-
-_COPY_IS_OVER: Final = m.message(m.COPY_FAIL, CANCEL.message.encode() + b"\0")
-
-
-@dataclass(frozen=True, slots=True)
-class Client:
-    """Who a client is, for messages and logs."""
-
-    user: str
-    database: str
-    address: str
 
 
 class Registry(Protocol):
@@ -66,48 +43,30 @@ class Registry(Protocol):
         """It has been told to go; it may not listen."""
 
 
-class PoolTables:
-    """What the clients of one pool share in the proxy."""
-
-    def __init__(self, pool: Pool) -> None:
-        self.pool: Final = pool
-        self.settings: Final = SettingsTable()
-        self.statements: Final = PreparedTable()
-        self.texts: Final = TextCache()
-        self.limits: dict[Limits, Limits] = {}
-        """Those that clients have: one object for each combination."""
-        self.leases = 0
-        self.clients: Final[set[object]] = set()
-        """Who uses the pool: relays, and sessions in login."""
-
-
 class Relay:
     __slots__ = (
         "__weakref__",
-        "_has_own_query",
         "_holds_lease",
-        "_inquiry",
-        "_is_holding",
         "_is_one_statement",
         "_is_server_full",
         "_is_unread",
-        "_is_write_paused",
         "_own_time",
-        "_pool",
         "_registry",
-        "_setup_rest",
         "_unleased",
         "carrier",
         "client",
         "deadline",
+        "errands",
         "id",
         "idle_since",
         "is_closed",
         "is_leaving",
         "is_waiting",
+        "is_write_paused",
         "limits",
         "opened_at",
         "pid",
+        "pool",
         "replies",
         "requests",
         "secret",
@@ -127,22 +86,17 @@ class Relay:
     ) -> None:
         pool = tables.pool
         self.tables: Final = tables
-        self._pool: Final = pool
+        self.pool: Final = pool
         self._registry: Final = registry
         self.client: Final = client
         self.carrier: Final = Carrier(tables.settings, settings, pool.opener.parameters)
         self.transport: Any = None  # asyncio.Transport
         self.server: ServerConnection | None = None
         self.requests: Final = Requests(tables.texts, tables.statements, pool.config, pool.observer)
-        self.requests.statements.dialect = self.carrier.settings.dialect
         self._holds_lease: Final = pool.config.mode is PoolMode.SESSION
         self._is_one_statement: Final = pool.config.mode is PoolMode.STATEMENT
-        self.replies: Final = Replies(
-            self.requests,
-            pool.observer,
-            pool.config.slow_query_threshold,
-            holds_lease=self._holds_lease,
-        )
+        self.replies: Final = Replies(self.requests, pool.config, pool.observer)
+        self.errands: Final = Errands(pool, self.carrier, self.requests, self.replies)
         self.id = 0  # told to people; no two clients have the same
         self.opened_at = 0.0
         self.limits = tables.limits.setdefault(limits, limits)
@@ -154,13 +108,9 @@ class Relay:
         self.deadline = 0.0
         self.is_leaving = False  # close as soon as there is no lease
         self.is_closed = False
-        self._is_write_paused = False
+        self.is_write_paused = False
         self._is_server_full = False  # and the client not read from
         self._is_unread = False  # not read from until it reads: refused without a lease
-        self._has_own_query = False  # what the server says next answers a query of ours
-        self._is_holding = False  # and the client's messages wait until it is through:
-        self._setup_rest = b""
-        self._inquiry: Inquiry | None = None
         self._unleased: Final = Unleased()
         self._own_time = -1.0  # seconds spent in this lease; negative: not sampled
 
@@ -168,13 +118,17 @@ class Relay:
         state = "waiting" if self.is_waiting else "idle" if self.server is None else "active"
         return f"<Relay {self.client.user}@{self.client.address} {state}>"
 
+    @property
+    def acquire_timeout(self) -> float:
+        return self.limits.acquire
+
     # -- the client's socket -------------------------------------------------------------------
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
 
     def data_received(self, data: bytes) -> None:
-        self._pool.traffic.client_received += len(data)
+        self.pool.traffic.client_received += len(data)
         requests = self.requests
         if requests.rest:
             data = requests.rest + data
@@ -184,11 +138,9 @@ class Relay:
             if self.is_waiting:
                 self._hold_back(data)
             else:
-                self._begin(data)
-        elif self._is_holding:
-            self._setup_rest += data
-            if len(self._setup_rest) > HELD_BACK:
-                self.transport.pause_reading()
+                self.begin(data)
+        elif self.errands.is_holding:
+            self.errands.hold(self, data)
         elif (
             requests.awaits_sync
             or requests.statements.awaits_outcome
@@ -196,9 +148,9 @@ class Relay:
         ):
             self._hold_back(data)
         elif server.lacks and self.replies.is_at_rest and server.tx_status == m.IDLE:
-            self._set_back(server, data)
+            self.errands.set_back(self, server, data, clock())
         else:
-            self._forward(server, data, clock())
+            self.forward(server, data, clock())
 
     def eof_received(self) -> bool:
         return False
@@ -208,34 +160,49 @@ class Relay:
         now = clock()
         if self.is_waiting:
             self.is_waiting = False
-            self._pool.abandon(self, now)
+            self.pool.abandon(self, now)
         server = self.server
-        if server is not None and self._inquiry is None:  # else once that is answered
-            self._leave(server, CloseReason.CLIENT_LOST, now)
+        if server is not None and not self.errands.is_asking:  # else once that is answered
+            self.leave(server, CloseReason.CLIENT_LOST, now)
         self._registry.gone(self)
 
     def pause_writing(self) -> None:
-        self._is_write_paused = True
+        self.is_write_paused = True
         if self.server is not None:
             self.server.transport.pause_reading()
 
     def resume_writing(self) -> None:
-        self._is_write_paused = False
+        self.is_write_paused = False
         if self.server is not None:
             self.server.transport.resume_reading()
         elif self._is_unread and not self.transport.is_closing():
             self._is_unread = False
             self.transport.resume_reading()
             data, self.requests.rest = self.requests.rest, b""
-            self._begin(data)
+            self.begin(data)
 
-    def _write(self, data: bytes) -> None:
-        self._pool.traffic.client_sent += len(data)
+    def read_again(self, _: object) -> None:
+        """A cancel request has come to its end: nothing of the client's can be hit by it any more."""
+        if not (self._is_server_full or self._is_unread or self.transport.is_closing()):
+            self.transport.resume_reading()
+
+    def held(self, data: bytes) -> None:
+        """The client has sent this, and it has to wait."""
+        if len(data) > HELD_BACK:
+            self.transport.pause_reading()
+
+    def taken(self, data: bytes) -> None:
+        """It goes on."""
+        if len(data) > HELD_BACK:
+            self.transport.resume_reading()
+
+    def write(self, data: bytes) -> None:
+        self.pool.traffic.client_sent += len(data)
         self.transport.write(data)
 
     # -- no lease ------------------------------------------------------------------------------
 
-    def _begin(self, data: bytes) -> None:
+    def begin(self, data: bytes) -> None:
         """The client has no connection: does it need one now?"""
         unleased = self._unleased
         pos = 0
@@ -243,18 +210,18 @@ class Relay:
             try:
                 pos = unleased.find(data, pos)
             except ClientProtocolError as exc:
-                self._fail(exc)
+                self.fail(exc)
                 return
             found = unleased.found
             if found == NEED:
                 if self._acquire(data, pos):
                     return
-                if self._is_write_paused:
+                if self.is_write_paused:
                     self._is_unread = True  # it asks on, and does not read that it is refused
                     self.transport.pause_reading()
                     break
             elif found == IGNORED_SYNC:
-                self._write(m.READY_IDLE_MESSAGE)
+                self.write(m.READY_IDLE_MESSAGE)
             elif found == GOODBYE:
                 self.close()
                 return
@@ -266,7 +233,7 @@ class Relay:
         """Ask the pool. False if it refused; the refused cycle is then skipped."""
         now = clock()
         try:
-            server = self._pool.acquire(self, now)
+            server = self.pool.acquire(self, now)
         except PoolError as exc:
             self._refuse_cycle(exc, data, pos)
             return False
@@ -280,37 +247,34 @@ class Relay:
 
     def _hold_back(self, data: bytes) -> None:
         self.requests.rest = data
-        if len(data) > HELD_BACK:
-            self.transport.pause_reading()
+        self.held(data)
+
+    def take_held_back(self) -> bytes:
+        data, self.requests.rest = self.requests.rest, b""
+        self.taken(data)
+        return data
 
     def granted(self, server: ServerConnection, now: float) -> None:
         """The pool gives a waiting client its connection."""
         self.is_waiting = False
-        data = self.requests.rest
-        self.requests.rest = b""
-        if len(data) > HELD_BACK:
-            self.transport.resume_reading()
-        self._attach(server, data, now)
+        self._attach(server, self.take_held_back(), now)
 
     def refused(self, error: SidecarError) -> None:
         """No connection for this cycle. The session goes on: the client may try again."""
         self.is_waiting = False
-        data = self.requests.rest
-        self.requests.rest = b""
-        if len(data) > HELD_BACK:
-            self.transport.resume_reading()
+        data = self.take_held_back()
         self._refuse_cycle(error, data, 0)
         if self.is_leaving:
             self.end()
         else:
-            self._begin(data)
+            self.begin(data)
 
     def _refuse_cycle(self, error: SidecarError, data: bytes, pos: int) -> None:
         """Answer the cycle that begins here with an error; what belongs to it is skipped."""
         self.idle_since = clock()
-        self._report(error, "ERROR")
+        self.write(endings.report(self.pool, error, "ERROR"))
         if self._unleased.ignore_cycle(data, pos):
-            self._write(m.READY_IDLE_MESSAGE)
+            self.write(m.READY_IDLE_MESSAGE)
 
     # -- a lease -------------------------------------------------------------------------------
 
@@ -330,54 +294,32 @@ class Relay:
         self.requests.begin_lease()
         tables.leases += 1
         self._own_time = -1.0 if tables.leases % _SAMPLED else 0.0
-        if self._is_write_paused:
+        if self.is_write_paused:
             server.transport.pause_reading()
-        if server.settings is not self.carrier.settings and not self._set_up(server, data):
+        if server.settings is not self.carrier.settings and not self.errands.set_up(server, data):
             return
-        self._forward(server, data, now)
+        self.forward(server, data, now)
 
-    def _set_up(self, server: ServerConnection, data: bytes) -> bool:
-        """Carry over this client's settings. False if ``data`` has to wait for the outcome.
-
-        Settings that a server has accepted before travel together with the client's first
-        message and cost no round trip of their own.
-        """
-        carrier = self.carrier
-        carrier.set_up(server)
-        self._has_own_query = carrier.is_setting
-        if not carrier.is_setting or carrier.settings.is_proven:
-            return True
-        self._is_holding = True
-        self._setup_rest = data
-        self.replies.is_at_rest = False  # the reply to our SET is owed, should the client leave now
-        return False
-
-    def _set_back(self, server: ServerConnection, data: bytes) -> None:
-        self.requests.begin_lease()  # our Query takes the unnamed statement away
-        self.carrier.set_back(server)
-        self._has_own_query = True
-        self._forward(server, data, clock())
-
-    def _forward(self, server: ServerConnection, data: bytes, now: float) -> None:
+    def forward(self, server: ServerConnection, data: bytes, now: float) -> None:
         requests, replies = self.requests, self.replies
         try:
             requests.forward(server, data, now)
         except ClientProtocolError as exc:
             replies.is_at_rest = False
-            self._fail(exc)
+            self.fail(exc)
             return
         expected = server.expected
         if expected:
             replies.is_at_rest = False
             if expected[0] <= expect.AUTOMATIC:
-                self._write(replies.answer_ourselves(server))
+                self.write(replies.answer_ourselves(server))
         if self._own_time >= 0.0:
             self._own_time += clock() - now
         if requests.wants_to_leave:
             self.close()
         elif replies.is_at_rest and server.tx_status == m.IDLE and not requests.passing:
             # the end of a message that nobody answers: CopyData after the copy has failed
-            self._end_lease(server, now)
+            self.end_lease(server, now)
 
     def server_data(self, data: bytes) -> None:
         """Bytes from the server; part of the ``Receiver`` interface."""
@@ -386,78 +328,54 @@ class Relay:
         now = clock()
         replies = self.replies
         try:
-            if self._has_own_query:
-                data = self._own_reply(server, data)
-                if self.server is not server or self._has_own_query:
+            if self.errands.is_running:
+                data = self.errands.take_reply(self, server, data, now)
+                if self.server is not server or self.errands.is_running:
                     return
             if data:
                 data = replies.forward(server, data, now)
         except ServerProtocolError as exc:
-            self._lose(server, exc, CloseReason.PROTOCOL_ERROR, now)
+            self._lose(server, exc, now)
             return
         if data:
-            self._write(data)
+            self.write(data)
         if replies.values:
-            self._note_values(server, replies)
+            self.errands.note_values(self, server, now)
         if self._own_time >= 0.0:
             self._own_time += clock() - now
         if replies.is_at_rest and not self.requests.passing:
             if server.tx_status == m.IDLE:
-                self._end_lease(server, now)
+                self.end_lease(server, now)
             elif self._is_one_statement:
-                self._refuse_transaction()
-        if self.requests.statements.awaits_outcome and (
-            self.server is not server
-            or not server.expected
-            or server.copy_in  # what the server waits for may be what we hold back
-            or self._is_holding
-        ):
-            self._take_up()
+                self.fail(endings.block_in_statement_mode(self.pool))
+        if self.requests.statements.awaits_outcome:
+            self.errands.note_outcome(self, server)
 
-    def _take_up(self) -> None:
-        """The outcome of earlier cycles is known: what has waited for it goes on."""
-        requests = self.requests
-        requests.statements.awaits_outcome = False
-        data, requests.rest = requests.rest, b""
-        if len(data) > HELD_BACK:
-            self.transport.resume_reading()
-        self._pool.traffic.client_received -= len(data)  # they have been counted
-        self.data_received(data)
-
-    def _refuse_transaction(self) -> None:
-        self._fail(
-            SidecarError(
-                "transaction blocks are not allowed in statement mode",
-                detail=f"The mode of pool {self._pool.name!r} is statement. "
-                "The transaction has been rolled back.",
-                hint="Use a pool in transaction mode.",
-                sqlstate="0A000",
-            )
-        )
-
-    def _end_lease(self, server: ServerConnection, now: float) -> None:
+    def end_lease(self, server: ServerConnection, now: float) -> None:
         """Nothing is outstanding: give the connection back, unless it is kept for longer."""
         if self.is_leaving:
             self.end()
             return
-        if self._holds_lease or (server.effects and self._keeps(server)):
+        if self._holds_lease or (
+            server.effects and self.errands.keep(server, can_ask=not self._is_server_full)
+        ):
             return
         if self._is_server_full:
             return  # what is left of a copy that has failed: the server still has to take it
         if self._own_time >= 0.0:
-            self._pool.observer.overhead(self._own_time)
+            self.pool.observer.overhead(self._own_time)
         self.server = None
         self.idle_since = now
-        if self._is_write_paused:
+        if self.is_write_paused:
             server.transport.resume_reading()
         is_sound = True
         if self.replies.held:
             server.unasked_data(self.replies.take_held())
             is_sound = not (server.last_error or server.transport.is_closing())
         if is_sound:
-            self._pool.release(server, now)
+            self.pool.release(server, now)
         else:
-            self._pool.discard(server, server.close_reason, now)
+            self.pool.discard(server, server.close_reason, now)
         if self.requests.awaits_sync:
             self._go_on()
 
@@ -468,27 +386,16 @@ class Relay:
         requests.awaits_sync = False
         if requests.has_failed:
             self._unleased.ignore_to_sync()
-        data, requests.rest = requests.rest, b""
-        if len(data) > HELD_BACK:
-            self.transport.resume_reading()
+        data = self.take_held_back()
         if data:
-            self._begin(data)
+            self.begin(data)
 
-    def _leave(self, server: ServerConnection, reason: CloseReason, now: float) -> None:
+    def leave(self, server: ServerConnection, reason: CloseReason, now: float) -> None:
         """The client is gone, or has to go, and holds a connection."""
         self.server = None
-        replies = self.replies
-        is_between = not (server.mid_message or replies.held or replies.incoming)
-        is_fit = replies.is_at_rest and is_between
-        replies.abandon(server, now)
-        if self._is_write_paused:
+        if self.is_write_paused:
             server.transport.resume_reading()
-        if server.effects:
-            server.is_dirty = True
-        if is_fit:
-            self._pool.release(server, now)
-        else:
-            self._pool.discard(server, reason, now)
+        endings.give_up(self.pool, server, self.replies, reason, now)
 
     def server_writable(self, is_writable: bool) -> None:
         self._is_server_full = not is_writable
@@ -503,7 +410,7 @@ class Relay:
             and server.tx_status == m.IDLE
             and not self.requests.passing
         ):
-            self._end_lease(server, clock())
+            self.end_lease(server, clock())
 
     def server_lost(self) -> None:
         server = self.server
@@ -514,175 +421,16 @@ class Relay:
         if self.replies.said_fatal or is_in_message:
             self.close()
         else:
-            self._fail(
-                ServerConnectionLost(
-                    "the server closed the connection unexpectedly",
-                    detail=f"Pool {self._pool.name!r}, server {self._pool.config.target.describe()}.",
-                    hint="The transaction was not completed, or its outcome is not known.",
-                )
-            )
+            self.fail(endings.server_is_gone(self.pool))
 
-    def _lose(
-        self, server: ServerConnection, exc: ServerProtocolError, reason: CloseReason, now: float
-    ) -> None:
-        # a warning: a client that breaks the protocol amid a copy can make a server say this, too
-        log.warning("server broke the protocol", extra={"pool": self._pool.name, "cause": str(exc)})
-        self._pool.observer.connection_failed(Phase.QUERY, ErrorReason.PROTOCOL)
+    def _lose(self, server: ServerConnection, exc: ServerProtocolError, now: float) -> None:
         self.server = None
         is_in_message = self.replies.incoming > 0
-        self.replies.abandon(server, now)
-        self._pool.discard(server, reason, now)
+        endings.lose(self.pool, server, self.replies, exc, now)
         if is_in_message:
             self.close()
         else:
-            self._fail(exc)
-
-    # -- queries of our own ----------------------------------------------------------------------
-
-    def _own_reply(self, server: ServerConnection, data: bytes) -> bytes:
-        """Take the replies to a query of ours. Returns what follows them."""
-        carrier, inquiry = self.carrier, self._inquiry
-        data = self.replies.take_held() + data
-        if inquiry is not None:
-            pos = inquiry.take_reply(server, data)
-            news = b"".join(inquiry.news)
-            inquiry.news.clear()
-        else:
-            pos = carrier.take_reply(server, data)
-            news = carrier.take_news()
-        if news:
-            self._write(news)
-        self.replies.hold(data[pos:])
-        if inquiry is not None:
-            if inquiry.is_done:
-                self._answered(server, inquiry)
-        elif not carrier.is_setting:
-            self._has_own_query = False
-            self._settings_done(server, carrier.error)
-        return b"" if self._has_own_query else self.replies.take_held()
-
-    def _take_held_back(self) -> bytes:
-        """What the client has sent meanwhile."""
-        self._is_holding = False
-        rest, self._setup_rest = self._setup_rest, b""
-        if len(rest) > HELD_BACK:
-            self.transport.resume_reading()
-        return rest
-
-    def _keeps(self, server: ServerConnection) -> bool:
-        """The client may have left something behind: ask, and keep the connection if it is there."""
-        if self._pool.config.pin is PinPolicy.OFF:
-            server.is_dirty = True
-            return False
-        self.carrier.judge_reset(server)
-        if not server.effects:
-            return False
-        if server.effects != server.asked and not self._is_server_full:
-            user = self._pool.opener.parameters.get(b"session_authorization", b"")
-            self._inquiry = Inquiry(server, user, self.carrier.settings)
-            self._has_own_query = self._is_holding = True
-            self.replies.is_at_rest = False
-        return True
-
-    def _answered(self, server: ServerConnection, inquiry: Inquiry) -> None:
-        now = clock()
-        self._inquiry = None
-        self._has_own_query = False
-        self.replies.is_at_rest = True
-        was_pinned = server.pin is not None
-        if inquiry.there and self._pool.config.pin is PinPolicy.REFUSE:
-            server.is_dirty = True  # what could not be seen beforehand
-            inquiry.there = 0
-        server.effects = server.asked = inquiry.there
-        server.pin = reason_of(inquiry.there)
-        if inquiry.settings is not None:
-            self.carrier.note_session(server, inquiry.settings, stays=bool(inquiry.there))
-            self.requests.statements.dialect = self.carrier.settings.dialect
-        if server.pin is not None and not was_pinned:
-            server.pinned_at = now
-            self._pool.observer.pinned(server.pin)
-        server.is_odd = False
-        rest = self._take_held_back()
-        if self.is_closed:
-            self._leave(server, CloseReason.CLIENT_LOST, now)
-            return
-        self._end_lease(server, now)
-        if not rest:
-            return
-        if self.server is None:
-            self._begin(rest)
-        elif server.lacks:
-            self._set_back(server, rest)
-        else:
-            self._forward(server, rest, now)
-
-    def _settings_done(self, server: ServerConnection, error: bytes | None) -> None:
-        now = clock()
-        rest = self._take_held_back()
-        if rest:
-            self.replies.is_at_rest = True  # nothing of the client's has been sent
-        self.requests.statements.dialect = self.carrier.settings.dialect
-        if error is not None:
-            self._leave(server, CloseReason.SETTINGS_FAILED, now)
-            text = m.error_fields(error).get("M", "a startup parameter was refused")
-            self._fail(SidecarError(text, sqlstate=m.sqlstate_of(error)))
-        elif rest:
-            self._forward(server, rest, now)
-        elif server.expected and server.expected[0] <= expect.AUTOMATIC:
-            self._write(self.replies.answer_ourselves(server))
-
-    def _note_values(self, server: ServerConnection, replies: Replies) -> None:
-        carrier, requests = self.carrier, self.requests
-        values = [value for value in replies.values if value != CHECKED]
-        is_checked = len(values) < len(replies.values)
-        replies.values.clear()
-        if values:
-            carrier.note_values(server, values, requests.resets)
-            requests.resets = NONE
-        requests.statements.dialect = carrier.settings.dialect
-        if replies.is_at_rest and server.tx_status == m.IDLE:
-            server.is_odd = False
-        news = carrier.take_news()
-        if news:
-            self._write(news)
-        if is_checked and requests.statements.awaits_check is not None:
-            requests.statements.checked()
-            data, requests.rest = requests.rest, b""
-            if len(data) > HELD_BACK:
-                self.transport.resume_reading()
-            self._forward(server, data, clock())
-
-    # -- limits --------------------------------------------------------------------------------
-
-    @property
-    def acquire_timeout(self) -> float:
-        return self.limits.acquire
-
-    def cancel_overdue(self, server: ServerConnection) -> None:
-        """Its query has run for too long."""
-        self._pool.observer.timed_out(CANCEL.kind)
-        self.replies.why_cancelled = CANCEL.message
-        if server.copy_in and not server.mid_message:
-            server.write(_COPY_IS_OVER)  # a server that waits for COPY data is deaf to cancels
-        # What the client sends next must not be hit instead, should the query end meanwhile.
-        self.transport.pause_reading()
-        self._pool.cancel(server).add_done_callback(self._read_again)
-
-    def _read_again(self, _: object) -> None:
-        if not (self._is_server_full or self._is_unread or self.transport.is_closing()):
-            self.transport.resume_reading()
-
-    def end_overdue(self, over: Over, now: float) -> None:
-        """Close the client for a limit. Its server connection is kept where that is sound."""
-        if over is not QUERY:  # that was counted when it was to be cancelled
-            self._pool.observer.timed_out(over.kind)
-        is_in_message = self.replies.incoming > 0
-        if self.server is not None:
-            self._leave(self.server, over.reason, now)
-        if is_in_message:
-            self.close()
-        else:
-            self._fail(over.error, is_error=over is not CLIENT_IDLE)
+            self.fail(exc)
 
     # -- the end -------------------------------------------------------------------------------
 
@@ -692,11 +440,11 @@ class Relay:
         Returns when the request has reached the server, where one had to be asked.
         """
         if self.is_waiting:
-            self._pool.abandon(self, clock())
+            self.pool.abandon(self, clock())
             self.refused(SidecarError("canceling statement due to user request", sqlstate="57014"))
-        elif self.server is not None and self.server.expected and not self._has_own_query:
+        elif self.server is not None and self.server.expected and not self.errands.is_running:
             self.replies.why_cancelled = ""
-            return self._pool.cancel(self.server)
+            return self.pool.cancel(self.server)
         return None
 
     def shut_down(self) -> None:
@@ -712,15 +460,15 @@ class Relay:
 
     def end(self, text: str = _SHUTTING_DOWN) -> None:
         """Tell the client that the sidecar goes, and close."""
-        self._fail(SidecarError(text, sqlstate="57P01"), is_error=False)
+        self.fail(SidecarError(text, sqlstate="57P01"), is_error=False)
 
     def kill(self) -> None:
         """An administrator ends it, whatever it does, and its server connection."""
         self.end(_KILLED)
         server = self.server
         if server is not None:
-            self._leave(server, CloseReason.KILLED, clock())
-        if self._is_write_paused:
+            self.leave(server, CloseReason.KILLED, clock())
+        if self.is_write_paused:
             self.transport.abort()  # it does not read: it would stay for ever
 
     def close(self) -> None:
@@ -729,50 +477,14 @@ class Relay:
             self.transport.close()
             self._registry.closing(self)
 
-    def _report(self, error: SidecarError, severity: str) -> None:
-        self._pool.observer.query_failed(ErrorOrigin.SIDECAR, error.sqlstate)
-        text = m.error_response(
-            severity, error.sqlstate, error.message, detail=error.detail, hint=error.hint
-        )
-        self._write(text)
-
-    def _fail(self, error: SidecarError, *, is_error: bool = True) -> None:
+    def fail(self, error: SidecarError, *, is_error: bool = True) -> None:
         """Say why with FATAL, and close."""
         if self.is_closed or self.transport.is_closing():
             return
         if self.replies.incoming == 0:
-            if is_error:
-                self._report(error, "FATAL")
-            else:
-                self._write(m.error_response("FATAL", error.sqlstate, error.message))
-        log.info(
-            "client connection closed",
-            extra={
-                "pool": self._pool.name,
-                "client": self.client.address,
-                "user": self.client.user,
-                "sqlstate": error.sqlstate,
-                "cause": error.message,
-            },
-        )
+            self.write(endings.farewell(self.pool, error, is_error=is_error))
+        endings.log_closed(self.pool, self.client, error)
         self.close()
 
-    @property
-    def pool(self) -> Pool:
-        return self._pool
-
-    def application(self) -> str:
-        name = self.carrier.settings.values.get(b"application_name", b"")
-        return name.decode("utf-8", "replace")
-
     def describe(self, now: float) -> str:
-        server = self.server
-        application = self.application()
-        who = f'application "{application}"' if application else "a client without application_name"
-        who += f', user "{self.client.user}", {self.client.address}'
-        if server is None:
-            return who
-        if server.expected:
-            return f"{who}, running a query for {now - server.query_started:.1f} s"
-        where = "idle" if server.tx_status == m.IDLE else "idle in transaction"
-        return f"{who}, {where} for {now - server.status_since:.1f} s"
+        return self.client.describe(self.carrier.application, self.server, now)

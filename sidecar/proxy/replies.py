@@ -7,8 +7,9 @@ other bulk are passed on in pieces; the short messages that steer us are taken w
 
 from typing import Final
 
+from sidecar.config import PoolConfig
 from sidecar.errors import ServerProtocolError
-from sidecar.events import ErrorOrigin, PoolObserver
+from sidecar.events import ErrorOrigin, PoolMode, PoolObserver
 from sidecar.pool.server import ServerConnection
 from sidecar.protocol import messages as m
 from sidecar.proxy import expect
@@ -86,20 +87,13 @@ class Replies:
         "why_cancelled",
     )
 
-    def __init__(
-        self,
-        requests: Requests,
-        observer: PoolObserver,
-        slow_query_threshold: float,
-        *,
-        holds_lease: bool,
-    ) -> None:
-        """``holds_lease``: what the server says between transactions is for this client, too."""
+    def __init__(self, requests: Requests, config: PoolConfig, observer: PoolObserver) -> None:
         self._requests: Final = requests
         self._statements: Final = requests.statements
         self._observer = observer
-        self._threshold = slow_query_threshold
-        self._holds_lease = holds_lease
+        self._threshold: Final = config.slow_query_threshold
+        # what the server says between transactions is for this client, too
+        self._holds_lease: Final = config.mode is PoolMode.SESSION
         self.held = b""  # the beginning of a message, or what follows the end of the lease
         self._has_rolled_back = False  # in this cycle
         self._has_changed_tables = False  # in this transaction

@@ -23,8 +23,9 @@ from sidecar.proxy.greeting import Greeting
 from sidecar.proxy.guests import Console, Guest
 from sidecar.proxy.limits import Limits
 from sidecar.proxy.login import Login
-from sidecar.proxy.relay import Client, PoolTables, Relay
+from sidecar.proxy.relay import Relay
 from sidecar.proxy.settings import from_startup
+from sidecar.proxy.tables import Client, PoolTables
 from sidecar.proxy.tls import ALPN, HandshakeFailed, TlsTransport
 
 log = logging.getLogger("pgsidecar.proxy")

@@ -2,7 +2,7 @@
 
 Leases are looked at in each sweep: they are as many as server connections. The other clients are
 thousands, so each is looked at only when its time may be over. What is over is decided in
-``limits``; the relay ends what has to end. Runs no task: the service's janitor calls ``tick``.
+``limits``; here is what is done then. Runs no task: the service's janitor calls ``tick``.
 """
 
 from collections.abc import Iterable
@@ -11,13 +11,15 @@ from typing import Final
 from sidecar.pool.pool import Pool
 from sidecar.pool.server import ServerConnection
 from sidecar.protocol import messages as m
-from sidecar.proxy.limits import CANCEL, CLIENT_IDLE, Watch, Wheel
+from sidecar.proxy.limits import CANCEL, CLIENT_IDLE, QUERY, Over, Watch, Wheel
 from sidecar.proxy.relay import Relay
 
 LAST_WORDS: Final = 5.0
 """Seconds that a client gets to read why it is closed."""
 
 _STEP: Final = 0.1  # s
+
+_COPY_IS_OVER: Final = m.message(m.COPY_FAIL, CANCEL.message.encode() + b"\0")
 
 
 class Sweeper:
@@ -63,9 +65,9 @@ class Sweeper:
             passing=relay.requests.passing,
         )
         if over is CANCEL:
-            relay.cancel_overdue(server)
+            _cancel(relay, server)
         elif over is not None:
-            relay.end_overdue(over, now)
+            _end(relay, over, now)
 
     def _sweep_idle(self, relay: Relay, now: float) -> None:
         limit = relay.limits.client_idle
@@ -75,7 +77,7 @@ class Sweeper:
         if now - since < limit:
             self._wheel.put(relay, since + limit)
         else:
-            relay.end_overdue(CLIENT_IDLE, now)
+            _end(relay, CLIENT_IDLE, now)
 
 
 def _silent_since(relay: Relay, now: float) -> float:
@@ -85,3 +87,27 @@ def _silent_since(relay: Relay, now: float) -> float:
         return now if relay.is_waiting else relay.idle_since
     is_silent = relay.replies.is_at_rest and server.tx_status == m.IDLE
     return server.status_since if is_silent else now
+
+
+def _cancel(relay: Relay, server: ServerConnection) -> None:
+    """Its query has run for too long."""
+    relay.pool.observer.timed_out(CANCEL.kind)
+    relay.replies.why_cancelled = CANCEL.message
+    if server.copy_in and not server.mid_message:
+        server.write(_COPY_IS_OVER)  # a server that waits for COPY data is deaf to cancels
+    # What the client sends next must not be hit instead, should the query end meanwhile.
+    relay.transport.pause_reading()
+    relay.pool.cancel(server).add_done_callback(relay.read_again)
+
+
+def _end(relay: Relay, over: Over, now: float) -> None:
+    """Close the client for a limit. Its server connection is kept where that is sound."""
+    if over is not QUERY:  # that was counted when it was to be cancelled
+        relay.pool.observer.timed_out(over.kind)
+    is_in_message = relay.replies.incoming > 0
+    if relay.server is not None:
+        relay.leave(relay.server, over.reason, now)
+    if is_in_message:
+        relay.close()
+    else:
+        relay.fail(over.error, is_error=over is not CLIENT_IDLE)

@@ -30,7 +30,7 @@ def _client(relay: Relay) -> ClientSnapshot:
         pool_key=id(relay.pool),
         user=relay.client.user,
         database=relay.client.database,
-        application=relay.application(),
+        application=relay.carrier.application,
         address=address,
         port=port,
         local_address=local_address,
