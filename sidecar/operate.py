@@ -75,7 +75,7 @@ class Operations:
             _totals(self._recorder.pool(snapshot.name)),
             is_paused=snapshot.name in self._directory.paused,
             is_disabled=snapshot.name in self._clients.disabled,
-            why_down="" if snapshot.is_up or pool is None else pool.opener.why_down(),
+            why_down="" if pool is None else pool.opener.why_down(),
         )
 
     def clients(self) -> Iterator[ClientSnapshot]:
@@ -115,7 +115,8 @@ class Operations:
     def resume(self, pools: Sequence[str]) -> list[str]:
         now, paused = clock(), self._directory.paused
         resumed = [name for name in pools if name in paused]
-        log.info("pools resumed", extra={"pools": ",".join(resumed)})
+        if resumed:
+            log.info("pools resumed", extra={"pools": ",".join(resumed)})
         self._directory.paused = paused.difference(pools)
         for pool in self._named(resumed):
             steering.resume(pool, now)

@@ -197,6 +197,29 @@ def test_waits_say_behind_whom_and_why(sidecar, admin):
     assert table(admin, "SHOW WAITS") == []
 
 
+def test_waits_say_that_the_server_has_no_room(postgres):
+    """Fewer connections than ``max_size``: the reason is not that they are in use."""
+    postgres.psql("CREATE ROLE narrow LOGIN CONNECTION LIMIT 1")
+    try:
+        dsn = postgres.dsn(user="narrow")
+        with Sidecar(postgres, console=CONSOLE, dsn=dsn, max_size=3, min_idle=0) as sidecar:
+            admin, holder, waiter = (
+                sidecar.login("admin", "pgsidecar"),
+                sidecar.login(),
+                sidecar.login(),
+            )
+            holder.ask(query("BEGIN"))
+            waiter.send(query("SELECT 1"))
+            sidecar.until(lambda: sidecar.pool.opener.is_kept_small, "the server refuses")
+            reason = one(admin, "SHOW WAITS")["reason"] or ""
+            assert reason.startswith("1 of 3 connections in use")
+            assert reason.endswith(
+                'another cannot be opened: too many connections for role "narrow"'
+            )
+    finally:
+        postgres.psql("DROP ROLE narrow")
+
+
 def test_holders_say_what_they_do(sidecar, admin):
     idle, busy = sidecar.login("one"), sidecar.login("two")
     idle.ask(query("BEGIN"))

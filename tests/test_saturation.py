@@ -134,6 +134,48 @@ async def test_detail_names_the_oldest_holder_and_its_query(
     assert "running a query for" in detail
 
 
+async def test_detail_counts_connections_by_application(
+    postgres: EmbeddedPostgres, make_service: MakeService
+) -> None:
+    """Who has most comes first, and names are three at most."""
+    sidecar = await make_service(postgres.dsn(), max_size=7, acquire_timeout="400ms")
+    async with AsyncExitStack() as stack:
+        for name in ("report", "billing", "billing", "a", "", "report", "billing"):
+            await stack.enter_async_context(holder(sidecar, name))
+        with pytest.raises(psycopg.errors.TooManyConnections) as caught:
+            await stack.enter_async_context(holder(sidecar, "late"))
+    detail = caught.value.diag.message_detail
+    assert detail is not None
+    assert detail.endswith('By application: "billing" 3, "report" 2, "a" 1, others 1.')
+
+
+async def test_a_pool_that_the_server_keeps_small_says_so(
+    postgres: EmbeddedPostgres, make_service: MakeService
+) -> None:
+    """``max_size`` is more than the server allows: raising it would not help."""
+    postgres.psql("CREATE ROLE few LOGIN PASSWORD 'few' CONNECTION LIMIT 2")
+    try:
+        dsn = postgres.dsn(user="few", password="few")
+        sidecar = await make_service(dsn, max_size=5, min_idle=0, acquire_timeout="600ms")
+        async with holder(sidecar, "one"), holder(sidecar, "two"):
+            with pytest.raises(psycopg.errors.TooManyConnections) as caught:
+                async with holder(sidecar, "three"):
+                    pass
+        await sidecar.stop()
+    finally:
+        postgres.psql("DROP ROLE few")
+    diag = caught.value.diag
+    assert diag.message_detail is not None
+    assert diag.message_detail.startswith(
+        "2 of 5 connections in use, 2 of them idle in a transaction."
+        ' Another cannot be opened: too many connections for role "few".'
+    )
+    assert diag.message_hint == (
+        "Give the server room for max_size (5) connections (its max_connections, the limits of role"
+        " and database), or lower max_size."
+    )
+
+
 async def test_waiters_are_served_in_the_order_of_their_coming(
     postgres: EmbeddedPostgres, make_service: MakeService
 ) -> None:

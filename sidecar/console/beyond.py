@@ -69,6 +69,8 @@ def _why(facts: PoolFacts) -> str:
     reason = f"{pool.used} of {pool.max_size} connections in use"
     if pool.used < pool.max_size and pool.connecting:
         reason += f", {pool.connecting} being opened, checked or closed"
+    if pool.used < pool.max_size and facts.why_down:
+        reason += f"; another cannot be opened: {facts.why_down}"
     return reason
 
 

@@ -54,7 +54,7 @@ class PoolFacts:
     totals: Totals
     is_paused: bool
     is_disabled: bool
-    why_down: str  # empty while the server can be used
+    why_down: str  # why the last attempt to connect failed; empty if it did not
 
 
 @dataclass(frozen=True, slots=True)

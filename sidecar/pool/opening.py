@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from sidecar.config import PoolConfig
-from sidecar.errors import AcquireTimeout, ServerUnavailable, SidecarError
+from sidecar.errors import AcquireTimeout, ServerError, ServerUnavailable, SidecarError
 from sidecar.events import ConnectReason, ErrorReason, PoolObserver, TimeoutKind
 from sidecar.pool import health
 from sidecar.pool.server import ServerConnection, clock
@@ -285,3 +285,14 @@ class Opener:
     def why_down(self) -> str:
         """The cause of the last failure to connect, for a person; empty if there is none."""
         return "" if self.last_failure is None else health.describe(self.last_failure)
+
+    def why_small(self) -> str:
+        """Why there are fewer connections than ``max_size``, although clients wait; else empty."""
+        return self.why_down() if len(self._state.active) < self._state.max_size else ""
+
+    @property
+    def is_kept_small(self) -> bool:
+        """The server has no room for more connections."""
+        failure = self.last_failure
+        is_full = isinstance(failure, ServerError) and failure.sqlstate == "53300"
+        return is_full and bool(self.why_small())

@@ -355,7 +355,8 @@ class Pool:
         error: SidecarError
         is_served = self.state.established or self._is_crowded_out()
         if is_served and not self.opener.is_paused:
-            error = report.waited_in_vain(self.config, waited, waiting, holders)
+            is_small = self.opener.is_kept_small
+            error = report.waited_in_vain(self.config, waited, waiting, holders, is_small)
         else:
             error = self.opener.unavailable()
         self.observer.acquired(AcquireOutcome.TIMEOUT, waited, len(self.state.active))
@@ -478,7 +479,7 @@ class Pool:
         limit, others = self.config.max_size, ""
         if self.budget is not None:
             others = f"All pools of template {self.name!r} have {self.budget.used} of {limit}."
-        return report.who_holds(self.state, limit, others, now)
+        return report.who_holds(self.state, limit, others, self.opener.why_small(), now)
 
     # -- the end ---------------------------------------------------------------------------------
 

@@ -3,8 +3,9 @@
 Pure: reads the collections and changes nothing. Of a template, what its pools have in common.
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from sidecar.config import PoolConfig, ServerTarget
 from sidecar.errors import AcquireTimeout, PoolSaturated
@@ -14,6 +15,9 @@ from sidecar.pool.state import PoolState
 from sidecar.protocol import messages as m
 
 State = PoolState[ServerConnection, Any]
+
+_NAMED: Final = 3
+"""Most applications that an error names."""
 
 
 def snapshot(
@@ -96,20 +100,39 @@ def in_one(config: PoolConfig, pools: Sequence[PoolSnapshot], *, is_up: bool) ->
     )
 
 
-def who_holds(state: State, limit: int, others: str, now: float) -> str:
+def who_holds(state: State, limit: int, others: str, why_small: str, now: float) -> str:
     """What has the pool: for the error of a client that waited in vain. ``others`` is a sentence on
-    the other pools of its template, or empty."""
+    the other pools of its template, or empty; ``why_small`` says why there are no more connections."""
     active = list(state.active)
     more = f" {others}" if others else ""
+    if why_small:
+        more += f" Another cannot be opened: {why_small}."
     if not active:
         return f"0 of {limit} connections in use.{more}"
     left_open = sum(1 for s in active if not s.expected and s.tx_status != m.IDLE)
     oldest = min(active, key=lambda s: s.leased_at)
     who = "a client that is gone" if oldest.receiver is None else oldest.receiver.describe(now)
+    shares = f" By application: {_by_application(active)}." if len(active) > 1 else ""
     return (
         f"{len(active)} of {limit} connections in use, {left_open} of them idle in a transaction."
-        f"{more} The oldest lease is {now - oldest.leased_at:.1f} s old: {who}."
+        f"{more} The oldest lease is {now - oldest.leased_at:.1f} s old: {who}.{shares}"
     )
+
+
+def _by_application(active: Sequence[ServerConnection]) -> str:
+    """How many connections each has, most first."""
+    counts = Counter(map(_application, active))
+    named = [(name, count) for name, count in counts.most_common() if name][:_NAMED]
+    parts = [f'"{name}" {count}' for name, count in named]
+    if rest := len(active) - sum(count for _, count in named):
+        parts.append(f"others {rest}" if named else f"without application_name {rest}")
+    return ", ".join(parts)
+
+
+def _application(server: ServerConnection) -> str:
+    """Of the client that has the connection; checks and those that are gone have none."""
+    name = getattr(server.receiver, "application", None)
+    return "" if name is None else str(name())
 
 
 def too_many_wait(config: PoolConfig, holders: str) -> PoolSaturated:
@@ -121,10 +144,17 @@ def too_many_wait(config: PoolConfig, holders: str) -> PoolSaturated:
     )
 
 
-def waited_in_vain(config: PoolConfig, waited: float, waiting: int, holders: str) -> AcquireTimeout:
+def waited_in_vain(
+    config: PoolConfig, waited: float, waiting: int, holders: str, is_kept_small: bool
+) -> AcquireTimeout:
+    """``is_kept_small``: the pool would be larger, but the server has no room for it."""
+    limit = f"max_size ({config.max_size})"
     return AcquireTimeout(
         f"no connection from pool {config.name!r} in {waited:.1f} s ({waiting} waiting)",
         detail=holders,
-        hint="Look for transactions left open and for slow queries; if all is busy for good "
-        f"reason, raise max_size ({config.max_size}).",
+        hint=f"Give the server room for {limit} connections (its max_connections, the limits of role"
+        " and database), or lower max_size."
+        if is_kept_small
+        else "Look for transactions left open and for slow queries; if all is busy for good "
+        f"reason, raise {limit}.",
     )
