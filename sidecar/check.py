@@ -17,6 +17,7 @@ from sidecar.pool.server import ServerConnection, clock
 from sidecar.protocol import messages as m
 from sidecar.protocol.x509 import not_after
 from sidecar.proxy.certificates import read_identity
+from sidecar.proxy.credentials import first_line
 from sidecar.proxy.lookup import ask, auth_target
 
 _SOME_DATABASE = "postgres"
@@ -197,6 +198,29 @@ def _describe_tls(config: Config, tls: TlsFinding) -> Iterator[str]:
         yield "TLS to clients      none"
 
 
+def _odd_users(config: Config) -> Iterator[str]:
+    """Those who cannot log in; blocks for a moment."""
+    for name, user in config.users.items():
+        if user.password_file is not None:
+            try:
+                first_line(user.password_file)
+            except (OSError, ValueError) as exc:
+                why = getattr(exc, "strerror", None) or str(exc)
+                yield f"users.{name}.password_file: {why}; this user cannot log in"
+    methods = {str(rule.method) for rule in config.listen.rules} or {config.listen.auth}
+    if methods & {"trust", "cert"}:
+        return  # some can without a password
+    known = {*config.users, *(pool.target.user for pool in config.pools.values())}
+    console = config.console
+    for option, names in (
+        ("admin_users", console.admin_users),
+        ("stats_users", console.stats_users),
+    ):
+        for name in names:
+            if name not in known:
+                yield f"console.{option}: {name} is in no users entry and no dsn, and cannot log in"
+
+
 def report(config: Config, findings: list[Finding], tls: TlsFinding) -> str:
     """The findings, to read."""
     rules = len(config.listen.rules)
@@ -207,6 +231,7 @@ def report(config: Config, findings: list[Finding], tls: TlsFinding) -> str:
         *_describe_tls(config, tls),
         f"HTTP                {config.http.host}:{config.http.port}",
         *(f"warning: listen.hba, {remark}" for remark in remarks(config)),
+        *(f"warning: {remark}" for remark in _odd_users(config)),
         "",
     ]
     for finding in findings:

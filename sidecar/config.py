@@ -397,6 +397,7 @@ def remarks(config: Config) -> list[str]:
     return odd_rules(
         listen.rules,
         has_tls=listen.tls_cert_file is not None and listen.tls_mode != "disable",
+        requires_tls=listen.tls_mode == "require",
         has_tcp=bool(listen.host),
         has_socket=listen.unix_socket_dir is not None,
         databases=databases,

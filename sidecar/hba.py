@@ -420,6 +420,7 @@ def odd_rules(
     rules: tuple[Rule, ...],
     *,
     has_tls: bool,
+    requires_tls: bool,
     has_tcp: bool,
     has_socket: bool,
     databases: Collection[str] | None,
@@ -437,6 +438,8 @@ def odd_rules(
             why = "there is no TCP listener (listen.host)"
         elif rule.kind is Kind.HOSTSSL and not has_tls:
             why = "there is no TLS (listen.tls_cert_file)"
+        elif rule.kind is Kind.HOSTNOSSL and requires_tls:
+            why = "all have to use TLS (listen.tls_mode)"
         elif not (names.has_all or names.has_same or names.names):
             why = "replication connections are not pooled"
         elif before is not None:
@@ -449,7 +452,9 @@ def odd_rules(
             why = f"no pool has {' or '.join(sorted(map(_shown, names.names)))}"
         if why:
             found.append(f"line {rule.line} never matches: {why}")
-        elif rule.method is Method.PASSWORD and rule.kind in (Kind.HOST, Kind.HOSTNOSSL):
+        elif rule.method is Method.PASSWORD and not (
+            rule.kind in (Kind.LOCAL, Kind.HOSTSSL) or requires_tls
+        ):
             found.append(
                 f"line {rule.line}: passwords may cross the network in clear text;"
                 " safe are hostssl, and scram-sha-256"

@@ -231,6 +231,29 @@ def test_check_finds_certificates_that_clients_cannot_use(
     )
 
 
+def test_check_warns_of_users_that_cannot_log_in(
+    postgres: EmbeddedPostgres, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").touch()
+    (tmp_path / "good").write_text("secret\n")
+    listen = {"auth": "scram-sha-256"}
+    users = {name: {"password_file": str(tmp_path / name)} for name in ("good", "empty", "gone")}
+    text = configuration(
+        postgres.dsn(user="app", password="x"),
+        listen=listen,
+        users=users,
+        console={"admin_users": "good,app,admn", "stats_users": "grafana"},
+    )
+    done = pgsidecar("check", "--config", written(tmp_path, text))
+    assert done.stderr == ""
+    assert [line for line in done.stdout.splitlines() if line.startswith("warning")] == [
+        "warning: users.empty.password_file: its first line is empty; this user cannot log in",
+        "warning: users.gone.password_file: No such file or directory; this user cannot log in",
+        "warning: console.admin_users: admn is in no users entry and no dsn, and cannot log in",
+        "warning: console.stats_users: grafana is in no users entry and no dsn, and cannot log in",
+    ]
+
+
 # -- run: signals and drain --------------------------------------------------------------------
 
 

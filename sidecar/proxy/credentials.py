@@ -83,7 +83,7 @@ class Credentials:
         if entry is None or entry.password_file is None:
             return None if entry is None else entry.password
         try:
-            return SecretStr(await asyncio.to_thread(_first_line, entry.password_file))
+            return SecretStr(await asyncio.to_thread(first_line, entry.password_file))
         except (OSError, ValueError) as exc:
             log.error(
                 "password file cannot be used",
@@ -105,7 +105,7 @@ class Credentials:
         return Credential(made.result(), secret)
 
 
-def _first_line(path: str) -> str:
+def first_line(path: str) -> str:
     """Raises OSError, or ValueError with what is wrong, which quotes nothing from the file."""
     # A named pipe without a writer would block for ever.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
