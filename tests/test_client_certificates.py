@@ -80,7 +80,9 @@ def test_certificate_of_another_is_none(connect, caplog):
     """Whether such a user exists is not told; the log says whose it was."""
     for user in ("alice", "stranger"):
         assert (
-            refusal(connect, user, "bob") == f'certificate authentication failed for user "{user}"'
+            refusal(connect, user, "bob")
+            == f'certificate authentication failed for user "{user}"\n'
+            "HINT:  The common name of the certificate has to be the user's name."
         )
     found = [vars(each) for each in caplog.records if each.message == "authentication failed"]
     assert [(each["user"], each["certificate"]) for each in found] == [
@@ -92,7 +94,10 @@ def test_certificate_of_another_is_none(connect, caplog):
 @pytest.mark.parametrize("database", ["main", "second", "third"])
 def test_without_a_certificate_nobody_is_asked_for_a_password(connect, database):
     said = refusal(connect, "alice", None, database, PASSWORDS["alice"])
-    assert said == "connection requires a valid client certificate"
+    assert said.splitlines() == [
+        "connection requires a valid client certificate",
+        "HINT:  Connect with sslcert and sslkey: a certificate of a CA in listen.tls_ca_file.",
+    ]
 
 
 def test_without_tls_there_is_no_rule(sidecar):

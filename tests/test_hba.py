@@ -399,7 +399,8 @@ def test_database_is_matched_by_each_of_its_names():
 
 
 def odd(text: str, **known: object) -> list[str]:
-    options = {"has_tls": True, "has_tcp": True, "has_socket": True, "databases": {"main"}} | known
+    options: dict[str, object] = dict.fromkeys(("has_tls", "has_tcp", "has_socket"), True)
+    options |= {"requires_tls": False, "databases": {"main"}, **known}
     return hba.odd_rules(parse_rules(text), **options)  # type: ignore[arg-type]  # passed on
 
 
@@ -410,6 +411,7 @@ def odd(text: str, **known: object) -> list[str]:
         ("local all all reject", {"has_socket": False}, ["line 1 never matches: there is no Unix socket (listen.unix_socket_dir)"]),
         ("host all all all reject", {"has_tcp": False}, ["line 1 never matches: there is no TCP listener (listen.host)"]),
         ("hostssl all all all reject", {"has_tls": False}, ["line 1 never matches: there is no TLS (listen.tls_cert_file)"]),
+        ("hostnossl all all all reject", {"requires_tls": True}, ["line 1 never matches: all have to use TLS (listen.tls_mode)"]),
         ("local replication all reject", {}, ["line 1 never matches: replication connections are not pooled"]),
         ("local mian,shop all reject", {}, ["line 1 never matches: no pool has 'mian' or 'shop'"]),
         ("local mian all reject", {"databases": None}, []),
@@ -420,6 +422,7 @@ def odd(text: str, **known: object) -> list[str]:
         ("host all all ::/0 reject\nhost all all 0.0.0.0/0 reject", {}, []),
         ("host sameuser all all reject\nhost main all all reject", {}, []),
         ("host all all all reject\nhost sameuser all samehost reject", {}, ["line 2 never matches: line 1 matches all of it"]),
+        ("host all all all password", {"requires_tls": True}, []),
         ("host all all all password", {}, ["line 1: passwords may cross the network in clear text; safe are hostssl, and scram-sha-256"]),
         ("hostssl all all all password\nlocal all all password", {}, []),
     ],
@@ -526,6 +529,16 @@ def said_to(sidecar: Sidecar, user: str, database: str) -> dict[str, str]:
         return error(client.until_closed())
 
 
+def test_the_log_says_who_was_refused(postgres, ruled, caplog):
+    """Before the pool is known, too."""
+    sidecar, _ = ruled
+    with caplog.at_level("INFO", "pgsidecar.proxy"):
+        said_to(sidecar, "eve", "main")
+        said_to(sidecar, "eve", "nowhere")
+    found = [vars(each) for each in caplog.records if each.message == "client refused"]
+    assert [(each["user"], each.get("pool")) for each in found] == [("eve", "main"), ("eve", None)]
+
+
 def test_client_without_a_rule_is_told_in_postgresqls_words(postgres, ruled):
     sidecar, _ = ruled
     fields = said_to(sidecar, "eve", "main")
@@ -535,6 +548,7 @@ def test_client_without_a_rule_is_told_in_postgresqls_words(postgres, ruled):
         "the pool's rules have no entry for"
         ' host "127.0.0.1", user "eve", database "main", no encryption',
     )
+    assert fields["H"] == "The rules are in listen.hba; the first that fits counts."
     fields = said_to(sidecar, "nobody", "main")
     assert (fields["C"], fields["M"]) == (
         "28000",

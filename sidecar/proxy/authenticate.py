@@ -114,6 +114,7 @@ class Authenticator:
         raise AuthenticationFailed(
             f'the pool\'s rules {said} {peer.describe()}, user "{user}", database "{database}",'
             f" {encryption}",
+            hint="The rules are in listen.hba; the first that fits counts.",
             sqlstate="28000",
         )
 
@@ -171,11 +172,15 @@ def _check_certificate(rule: Rule, name: str | None, user: str) -> None:
     """Before any password: who has another's certificate cannot try passwords with it."""
     if name is None:
         raise AuthenticationFailed(
-            "connection requires a valid client certificate", sqlstate="28000"
+            "connection requires a valid client certificate",
+            hint="Connect with sslcert and sslkey: a certificate of a CA in listen.tls_ca_file.",
+            sqlstate="28000",
         )
     if rule.names_user and name != user:
         raise AuthenticationFailed(
-            f'certificate authentication failed for user "{user}"', sqlstate="28000"
+            f'certificate authentication failed for user "{user}"',
+            hint="The common name of the certificate has to be the user's name.",
+            sqlstate="28000",
         )
 
 

@@ -26,6 +26,14 @@ CANCELLED: Final = "canceling statement due to statement timeout"
 """PostgreSQL's words. It speaks of a "user request" itself, since it cannot know who cancels, or why."""
 
 
+def hint(option: str) -> str:
+    """What tells a limit of ours from the server's, which has the same words."""
+    return f"The limit is the connection pool's {option}."
+
+
+QUERY_HINT: Final = hint("query_timeout")
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Of one client, in seconds. 0: none."""
@@ -72,20 +80,24 @@ class Over:
     """Of the server connection, where it cannot be used any more."""
     sqlstate: str
     message: str
+    hint: str = ""
     detail: str = ""
 
     @property
     def error(self) -> SidecarError:
-        return SidecarError(self.message, detail=self.detail, sqlstate=self.sqlstate)
+        return SidecarError(
+            self.message, detail=self.detail, hint=self.hint, sqlstate=self.sqlstate
+        )
 
 
-CANCEL: Final = Over(TimeoutKind.QUERY, CloseReason.QUERY_TIMEOUT, "57014", CANCELLED)
+CANCEL: Final = Over(TimeoutKind.QUERY, CloseReason.QUERY_TIMEOUT, "57014", CANCELLED, QUERY_HINT)
 """The session does not end: the server is to cancel the query."""
 QUERY: Final = Over(
     TimeoutKind.QUERY,
     CloseReason.QUERY_TIMEOUT,
     "57014",
     CANCELLED,
+    QUERY_HINT,
     detail=f"The server was asked to, and has not for {GRACE:g} s: the connection is closed.",
 )
 TRANSACTION: Final = Over(
@@ -93,12 +105,14 @@ TRANSACTION: Final = Over(
     CloseReason.TRANSACTION_TIMEOUT,
     "25P04",
     "terminating connection due to transaction timeout",
+    hint("transaction_timeout"),
 )
 IDLE_IN_TRANSACTION: Final = Over(
     TimeoutKind.IDLE_IN_TRANSACTION,
     CloseReason.IDLE_IN_TRANSACTION_TIMEOUT,
     "25P03",
     "terminating connection due to idle-in-transaction timeout",
+    hint("idle_in_transaction_timeout"),
 )
 CLIENT_IDLE: Final = Over(
     TimeoutKind.CLIENT_IDLE,

@@ -216,7 +216,7 @@ class PgListener:
         if pool in self.disabled:
             raise SidecarError(
                 f'database "{pool}" is not currently accepting connections',
-                hint="An administrator has disabled it.",
+                hint="An administrator has disabled it; ENABLE at the console lets clients in again.",
                 sqlstate="55000",
             )
 

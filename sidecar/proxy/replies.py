@@ -13,6 +13,7 @@ from sidecar.events import ErrorOrigin, PoolMode, PoolObserver
 from sidecar.pool.server import ServerConnection
 from sidecar.protocol import messages as m
 from sidecar.proxy import expect
+from sidecar.proxy.limits import QUERY_HINT
 from sidecar.proxy.prepared import Prepared, shape
 from sidecar.proxy.requests import Requests
 from sidecar.sql import LOAD, SETTING, UNDO, UNNAMED
@@ -299,7 +300,7 @@ class Replies:
         """In the server's "canceling statement due to user request"."""
         body = data[pos + 5 : end]
         if m.sqlstate_of(body) == "57014":
-            error = m.error_response("ERROR", "57014", self.why_cancelled)
+            error = m.error_response("ERROR", "57014", self.why_cancelled, hint=QUERY_HINT)
             self._cut(data, pos, end).append(error)
             self.why_cancelled = ""
 

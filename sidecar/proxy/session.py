@@ -111,6 +111,7 @@ class Session:
         self._is_local = False  # over a Unix socket
         self._tls: TlsTransport | None = None  # once the handshake is done
         self.end_point: bytes | None = None  # what a login over TLS can be bound to
+        self._user = ""  # as it says; empty before
         self._pool: str | None = None  # as soon as it is known
         self._greeting: Greeting | None = None
         self.address = "unknown"
@@ -201,9 +202,10 @@ class Session:
                 await asyncio.wait((arriving,), timeout=deadline - 0.1 - clock())
             self._transport.close()
             return None
+        self._user = packet.text(b"user")
         self._host.admit_login(self)
         self._check(packet)
-        user = packet.text(b"user")
+        user = self._user
         database = packet.text(b"database") or user
         if self._host.console.is_meant(database):
             return await self._log_in_to_console(packet, user, database, deadline)
@@ -444,27 +446,23 @@ class Session:
 
     def _close_unheard(self, cause: str) -> None:
         """Close without an error: the client could not read it."""
+        self._log_refusal("08P01", cause)
+        self._transport.close()
+
+    def _log_refusal(self, sqlstate: str, cause: str) -> None:
+        known = {"user": self._user, "pool": self._pool or ""}
         log.info(
             "client refused",
             extra={
                 "client": self.address,
-                "pool": self._pool,
-                "sqlstate": "08P01",
+                **{field: value for field, value in known.items() if value},
+                "sqlstate": sqlstate,
                 "cause": cause,
             },
         )
-        self._transport.close()
 
     def _refuse(self, error: SidecarError) -> None:
-        log.info(
-            "client refused",
-            extra={
-                "client": self.address,
-                "pool": self._pool,
-                "sqlstate": error.sqlstate,
-                "cause": error.message,
-            },
-        )
+        self._log_refusal(error.sqlstate, error.message)
         self.write(
             m.error_response(
                 "FATAL", error.sqlstate, error.message, detail=error.detail, hint=error.hint
