@@ -34,7 +34,6 @@ class Carrier:
         "_home",
         "_is_spelled",
         "_news",
-        "_reported",
         "_table",
         "error",
         "is_setting",
@@ -50,7 +49,6 @@ class Carrier:
         self._home = settings.canonical or settings  # what RESET returns to
         self._is_spelled = settings.canonical is not None  # as the server does
         self._defaults: Final = defaults
-        self._reported: Final = frozenset(name.lower() for name in defaults)
         self._news: list[bytes] = []
         self.settings = self._home
         self.is_setting = False  # the server's next replies are to our own SET
@@ -219,7 +217,8 @@ class Carrier:
         if not server.effects & RESET_EFFECT:
             return
         server.effects &= ~RESET_EFFECT
-        if any(name not in self._reported for name in self.settings.values):
+        reported = {name.lower() for name in self._defaults}  # not kept: 1 KiB for every client
+        if any(name not in reported for name in self.settings.values):
             server.effects |= SETTING
         elif server.effects == UNDO:
             server.effects = 0
