@@ -130,9 +130,9 @@ def _by_application(active: Sequence[ServerConnection]) -> str:
 
 
 def _application(server: ServerConnection) -> str:
-    """Of the client that has the connection; checks and those that are gone have none."""
-    name = getattr(server.receiver, "application", None)
-    return "" if name is None else str(name())
+    """Of the client that has the connection; logins and checks, and who is gone, have none."""
+    carrier = getattr(server.receiver, "carrier", None)  # a relay's
+    return "" if carrier is None else str(carrier.application)
 
 
 def too_many_wait(config: PoolConfig, holders: str) -> PoolSaturated:
