@@ -50,7 +50,9 @@ LASTING: Final = ROLE | UNNAMED | LISTEN | TEMP_TABLE | ADVISORY_LOCK | CURSOR |
 """Effects that keep a connection with its client."""
 
 UNKNOWN: Final = LASTING & ~(LOAD | UNNAMED) | SETTING | UNDO | DIALECT
-"""Of a text that cannot be looked at."""
+"""Of a text that cannot be looked at. Nobody can tell whether it is to be refused: it is not."""
+
+SEEN: Final = 4096  # with UNKNOWN: something that stays was seen, whatever else is hidden
 
 _CACHED_TEXT: Final = 4096  # bytes; longer texts are classified each time
 _CACHED_TEXTS: Final = 2048
@@ -111,26 +113,37 @@ _TRANSACTION: Final = int(Operation.TRANSACTION)
 _LOOKED_AT: Final = 64 * 1024  # bytes
 
 # Possessive, here and below: a client chooses the text, so none may make a match backtrack for ever.
-_first_word = re.compile(rb"(?>[\s(;]+|--[^\n]*\n|/\*.*?\*/)*+([a-z]+)", re.DOTALL).match
+_COMMENT: Final = rb"""(?: --[^\n\r]*+
+        | /\*(?: [^/*]++ | /(?!\*) | \*(?!/)
+              | /\*(?: [^/*]++ | /(?!\*) | \*(?!/) )*+(?:\*/|\Z) )*+(?:\*/|\Z) )"""
+"""They nest; two levels are enough for people, and with more of them it is none for us."""
+
+_first_word = re.compile(rb"(?>[\s(;]+|" + _COMMENT + rb")*+([a-z]+)", re.DOTALL | re.VERBOSE).match
 
 # Plain DML takes this exit; one Query object for each operation.
 _PLAIN: Final = {op: Query(int(op), 0) for op in Operation}
 
 # What has no end goes on to the end of the text, as it does for the server, which then refuses it.
-# Comments nest; two levels are enough for people.
 _TOKENS = re.compile(
-    rb"""
-      (?P<comment> --[^\n]*+
-        | /\*(?: [^/*]++ | /(?!\*) | \*(?!/)
-              | /\*(?: [^*]++ | \*(?!/) )*+(?:\*/|\Z) )*+(?:\*/|\Z) )
-    | (?P<text> (?<![a-z0-9_$\x80-\xff])e'(?: [^'\\]++ | '' | \\. )*+(?:'|\Z)
+    rb"(?P<comment> "
+    + _COMMENT
+    + rb""")
+    | (?P<text> (?<![A-Za-z0-9_$\x80-\xff])[Ee]'(?: [^'\\]++ | '' | \\. )*+(?:'|\Z)
         | '(?: [^']++ | '' )*+(?:'|\Z)
-        | (?<![a-z0-9_$\x80-\xff])\$(?P<tag>(?:[a-z_\x80-\xff][a-z0-9_\x80-\xff]*+)?)\$
+        | (?<![A-Za-z0-9_$\x80-\xff])\$(?P<tag>(?:[A-Za-z_\x80-\xff][A-Za-z0-9_\x80-\xff]*+)?)\$
           .*?(?:\$(?P=tag)\$|\Z) )
     | (?P<name> "(?: [^"]++ | "" )*+(?:"|\Z) )
     """,
     re.DOTALL | re.VERBOSE,
 )
+
+# What this reading of texts may be wrong about: whether a backslash escapes a quote (that depends on
+# standard_conforming_strings, on an E'' in a line before, and on the encoding, where it may be the
+# second byte of a character), and a $ right behind a number.
+_is_ambiguous = re.compile(rb"\\'|[0-9]\$[^\s$]*\$").search
+_has_effect = re.compile(
+    rb"\b(?:set|reset|listen|prepare|declare|load|discard|do)\b|temp|advisory|set_config"
+).search
 
 # Of one statement without comments and texts, its words one blank apart.
 _EFFECTS: Final = (
@@ -189,7 +202,10 @@ def classify(text: bytes) -> Query:
     # Too long to look at closely without stalling everybody: anything may be in it.
     if len(low) > _LOOKED_AT:
         return Query(int(operation), UNKNOWN)
-    effects, resets, names = session_effects(low)
+    bare = _TOKENS.sub(_without_text, text).lower()  # after it: $A$ does not end at $a$
+    effects, resets, names = session_effects(low, bare)
+    if (b"/*" in bare or _is_ambiguous(low)) and _has_effect(low):
+        effects |= UNKNOWN | SEEN if effects & (LASTING | SETTING) else UNKNOWN
     return Query(int(operation), effects, resets, names) if effects or resets else _PLAIN[operation]
 
 
@@ -211,13 +227,13 @@ class TextCache:
         return found
 
 
-def session_effects(low: bytes) -> tuple[int, frozenset[bytes], frozenset[bytes]]:
-    """Of statements in lower case: their effects, which settings they reset, and which names with
-    a dot they set."""
+def session_effects(low: bytes, bare: bytes) -> tuple[int, frozenset[bytes], frozenset[bytes]]:
+    """Of statements in lower case, as they are and without comments and texts: their effects, which
+    settings they reset, and which names with a dot they set."""
     effects = 0
     resets: frozenset[bytes] = NONE
     names: frozenset[bytes] = NONE
-    bare = _TOKENS.sub(_without_text, low)
+    sets_config = False
     statements = bare.split(b";")
     if any(statement.lstrip().startswith(b"do") for statement in statements):
         statements += _PLPGSQL.split(low)  # the one kind of code that is there to be seen
@@ -232,15 +248,16 @@ def session_effects(low: bytes) -> tuple[int, frozenset[bytes], frozenset[bytes]
         if named is not None and named[1] != b"local":
             effects |= _effect_of_set(named[1], words)
             names |= _dotted(named[1])
-        if _sets_config(words):
-            known = _config_names(low)
-            # all of them, local or not: it does no harm to ask for one that is not set
-            names = names.union(*map(_dotted, known))
-            is_known = len(known) == len(_set_configs(low))
-            effects |= SETTING if is_known else SETTING | UNNAMED
+        sets_config = sets_config or _sets_config(words)
         reset = _reset_name(words)
         if reset is not None:
             resets |= {b"timezone" if reset[1] == b"time" else reset[1]}
+    if sets_config:
+        known = _config_names(low)
+        # all of them, local or not: it does no harm to ask for one that is not set
+        names = names.union(*map(_dotted, known))
+        is_known = len(known) == len(_set_configs(low))
+        effects |= SETTING if is_known else SETTING | UNNAMED
     if effects & DEALLOCATE and len([each for each in statements if each.strip()]) > 1:
         effects &= ~DEALLOCATE
     return effects, resets, names
@@ -256,7 +273,7 @@ def begins_block(query: Query, text: bytes) -> bool:
 
 def deallocated(text: bytes) -> bytes:
     """Which prepared statement a text with the effect ``DEALLOCATE`` names, as the server folds it."""
-    bare = _TOKENS.sub(lambda m: b" " if m["comment"] is not None else m[0], text.lower())
+    bare = _TOKENS.sub(lambda m: b" " if m["comment"] is not None else m[0], text).lower()
     found = _deallocate(bare)
     if found is None:
         return b""
