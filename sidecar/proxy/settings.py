@@ -170,8 +170,13 @@ def _name(name: bytes) -> bytes:
 
 
 def literal(text: bytes) -> bytes:
-    """A text in SQL; safe with standard_conforming_strings on and off."""
-    quoted = text.replace(b"'", b"''")
-    if b"\\" in quoted:
-        return b"E'" + quoted.replace(b"\\", b"\\\\") + b"'"
-    return b"'" + quoted + b"'"
+    """A text in SQL; safe with standard_conforming_strings on and off, and in each encoding.
+
+    In SJIS, BIG5 or GBK a backslash may be the second byte of a character; a quote and a dollar never.
+    """
+    if b"\\" not in text:
+        return b"'" + text.replace(b"'", b"''") + b"'"
+    tag = b"$t"
+    while tag in text:
+        tag += b"t"
+    return tag + b"$" + text + tag + b"$"
