@@ -296,6 +296,13 @@ class PoolConfig(Section):
             )
         return self
 
+    def has_same_users(self, other: "PoolConfig") -> bool:
+        """Whether who has proved to be a user of this pool has done so for the other one, too."""
+        return all(
+            getattr(self, each) == getattr(other, each)
+            for each in ("name", "dsn", "auth_query", "auth_dsn")
+        )
+
     @property
     def is_template(self) -> bool:
         """Its name is a pattern: a pool for each database and user that clients ask for."""

@@ -12,6 +12,9 @@ from pydantic import BeforeValidator, SecretStr
 CONSOLE_DATABASE = "pgsidecar"
 """The database that is the console; no pool may have its name."""
 
+PGBOUNCER = "pgbouncer"
+"""PgBouncer's own name of its console, which some programs have built in. A pool may have it."""
+
 
 class Conflict(ValueError):
     """A value that does not go with the one of ``other``, an option of the same section."""

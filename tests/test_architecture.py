@@ -34,7 +34,7 @@ ROOMS = {
     "config_file": "config config_values config_text errors",
     "protocol": "errors",
     "pool": "protocol config target events errors",
-    "proxy": "pool protocol sql config hba events errors",
+    "proxy": "pool protocol sql config config_values hba events errors",
     "observe": "events",
     "api": "observe config events",
     "console": "protocol config config_changes config_values events errors",

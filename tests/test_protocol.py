@@ -250,7 +250,7 @@ def test_negotiation_names_what_is_not_known():
 
 # -- passwords ---------------------------------------------------------------------------------
 
-VERIFIER = make_verifier("secret")
+VERIFIER = make_verifier("secret", "me")
 MALFORMED = [
     *(b"", b"n,,", b"n,,r=abc", b"p=tls-server-end-point,,n=,r=abc", b"x,,n=,r=abc"),
     *(b"n,,n=,r=a,m=1", b"n,a=b,n=,r=abc" * 2, b"\xff\xfe", b"n" * 1000, b"n,,n=,r=\xc3\xa9,r=x"),

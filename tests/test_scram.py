@@ -73,7 +73,7 @@ def test_keys_of_another_password_do_not_open_the_server(guarded):
 
 
 def test_failed_login_gives_no_keys():
-    client, server = ClientExchange("guess"), ServerExchange(make_verifier("secret"))
+    client, server = ClientExchange("guess"), ServerExchange(make_verifier("secret", "me"))
     with pytest.raises(AuthenticationFailed):
         server.final(client.respond(server.first(client.begin())))
     assert server.keys is None
@@ -111,7 +111,7 @@ def test_few_iterations_are_taken_as_libpq_takes_them(guarded):
 def test_keys_are_not_shown():
     keys = derive_keys("secret", b"salt", 1)
     assert "client_key" not in repr(keys)
-    assert repr(keys.client_key) not in repr(ServerExchange(make_verifier("x")))
+    assert repr(keys.client_key) not in repr(ServerExchange(make_verifier("x", "me")))
 
 
 # -- channel binding -------------------------------------------------------------------------------

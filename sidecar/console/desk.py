@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Final, Protocol
 
-from sidecar.config_values import CONSOLE_DATABASE
+from sidecar.config_values import CONSOLE_DATABASE, PGBOUNCER
 from sidecar.console import commands
 from sidecar.console.commands import ANYONE, Command, Verb
 from sidecar.console.facts import Averages, Control, View
@@ -20,10 +20,6 @@ from sidecar.console.session import Answer, ConsoleSession, Spawn
 from sidecar.console.tables import TABLES
 from sidecar.errors import AuthenticationFailed, ConfigError, SidecarError
 from sidecar.events import ClientSnapshot, Stop, Traffic
-
-PGBOUNCER: Final = "pgbouncer"
-"""PgBouncer's own name of its console, which some programs have built in. A pool may have it."""
-
 
 _STOPS: Final = {
     "": Stop.NOW,
@@ -67,9 +63,7 @@ class Desk:
     def receive(
         self, user: str, database: str, application: str, registry: Registry
     ) -> ConsoleSession:
-        console = self._control.config.console
-        is_admin = user in console.admin_users
-        if not is_admin and user not in console.stats_users:
+        if not self._may_show(user):
             raise AuthenticationFailed(
                 f'user "{user}" may not use the console',
                 hint="Those who may are in console.admin_users and console.stats_users.",
@@ -82,10 +76,15 @@ class Desk:
             user=user,
             database=database,
             application=application,
-            is_admin=is_admin,
         )
         self._sessions[session] = registry
         return session
+
+    def _is_admin(self, user: str) -> bool:
+        return user in self._control.config.console.admin_users
+
+    def _may_show(self, user: str) -> bool:
+        return self._is_admin(user) or user in self._control.config.console.stats_users
 
     def gone(self, session: ConsoleSession) -> None:
         registry = self._sessions.pop(session, None)
@@ -104,10 +103,13 @@ class Desk:
         return ()
 
     async def answer(self, session: ConsoleSession, command: Command) -> Answer:
-        if command.verb not in ANYONE and not session.is_admin:
+        # asked each time: a reload may have taken the right away
+        allowed = self._may_show if command.verb in ANYONE else self._is_admin
+        if not allowed(session.user):
             raise SidecarError(
                 f'user "{session.user}" may not {command.verb}',
-                hint="Those who may are in console.admin_users.",
+                hint="Those who may are in console.admin_users"
+                f"{' and console.stats_users' if command.verb in ANYONE else ''}.",
                 sqlstate="42501",
             )
         match command.verb:

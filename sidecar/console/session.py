@@ -89,12 +89,10 @@ class ConsoleSession:
         user: str,
         database: str,
         application: str,
-        is_admin: bool,
     ) -> None:
         self.user: Final = user
         self.database: Final = database
         self.application: Final = application
-        self.is_admin: Final = is_admin
         self.pid = 0
         self.secret = b""
         self.id = 0

@@ -29,7 +29,7 @@ _REFUSED = (scramp.ScramException, ValueError, TypeError)
 _MOST_ITERATIONS = 10_000_000
 """A server that asks for more wants our CPU: this many take seconds already (scramp's limit, too)."""
 
-_MOCK_KEY = secrets.token_bytes(32)
+_SALT_KEY = secrets.token_bytes(32)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -71,9 +71,9 @@ def _prepared(password: str) -> bytes:
         return password.encode()
 
 
-def make_verifier(password: str) -> ScramVerifier:
+def make_verifier(password: str, user: str) -> ScramVerifier:
     """About 4 ms of CPU."""
-    salt = secrets.token_bytes(_SALT_SIZE)
+    salt = _salt_of(user)
     keys = derive_keys(password, salt, _ITERATIONS)
     stored_key = hashlib.sha256(keys.client_key).digest()
     return ScramVerifier(salt, stored_key, keys.server_key, _ITERATIONS)
@@ -84,8 +84,13 @@ def mock_verifier(user: str) -> ScramVerifier:
 
     So a stranger cannot find out which users there are (PostgreSQL's mock authentication).
     """
-    salt = hmac.digest(_MOCK_KEY, user.encode("utf-8", "replace"), "sha256")[:_SALT_SIZE]
-    return ScramVerifier(salt, secrets.token_bytes(32), secrets.token_bytes(32), _ITERATIONS)
+    keys = secrets.token_bytes(32), secrets.token_bytes(32)
+    return ScramVerifier(_salt_of(user), *keys, _ITERATIONS)
+
+
+def _salt_of(user: str) -> bytes:
+    """The same whether the user exists, and in each pool: else who compares would learn it."""
+    return hmac.digest(_SALT_KEY, user.encode("utf-8", "replace"), "sha256")[:_SALT_SIZE]
 
 
 class ServerExchange:

@@ -12,6 +12,8 @@ from sidecar.errors import ClientProtocolError
 MAX_STARTUP_PACKET = 10_000
 """Bytes; PostgreSQL's own limit (MAX_STARTUP_PACKET_LENGTH in libpq/pqcomm.h)."""
 
+_MAX_NAME = 63  # bytes; NAMEDATALEN - 1
+
 NEWEST_MINOR = 2
 """The newest minor version of protocol 3 that we speak. 3.1 was never used, and counts as 3.0."""
 
@@ -55,6 +57,11 @@ class StartupMessage:
     def text(self, name: bytes) -> str:
         """A parameter for messages and look-ups; empty if the client did not send it."""
         return self.parameters.get(name, b"").decode("utf-8", "replace")
+
+    def name(self, parameter: bytes) -> str:
+        """Of a user or a database: what a server would make of it, which cuts long ones. Else who
+        adds a letter to a name of that length would be another for us and the same for the server."""
+        return self.parameters.get(parameter, b"")[:_MAX_NAME].decode("utf-8", "replace")
 
 
 StartupPacket = EncryptionRequest | CancelRequest | StartupMessage

@@ -12,6 +12,7 @@ from typing import Final, Protocol, assert_never
 from pydantic import SecretStr
 
 from sidecar.config import Config, PoolConfig
+from sidecar.config_values import CONSOLE_DATABASE, PGBOUNCER
 from sidecar.errors import AuthenticationFailed, ClientProtocolError
 from sidecar.hba import Method, Peer, Rule, first_match
 from sidecar.pool.opening import Spawn
@@ -65,7 +66,10 @@ class Authenticator:
     async def authenticate(
         self, client: Unproven, user: str, database: str, pool: PoolConfig | None, deadline: float
     ) -> Login:
-        """Raises AuthenticationFailed, after a delay that ends before ``deadline``."""
+        """Without a pool: for the console, or for a database that does not exist.
+
+        Raises AuthenticationFailed, after a delay that ends before ``deadline``.
+        """
         try:
             return await self._prove(client, user, database, pool, deadline)
         except AuthenticationFailed as exc:
@@ -104,8 +108,12 @@ class Authenticator:
     def _rule(self, client: Unproven, user: str, database: str, pool: PoolConfig | None) -> Rule:
         """The rule for this client. Raises AuthenticationFailed if it lets nobody in."""
         peer = client.peer()
-        # A pool may be asked for by two names: a rule for either is a rule for the pool.
-        databases = [database] if pool is None else [database, pool.name, pool.target.database]
+        # A pool may be asked for by two names: a rule for either is a rule for the pool. So may the
+        # console; where its other name means no pool and no console, nobody gets in anyway.
+        if pool is not None:
+            databases = [database, pool.name, pool.target.database]
+        else:
+            databases = [database, CONSOLE_DATABASE] if database == PGBOUNCER else [database]
         rule = first_match(self._rules, peer, databases, user)
         if rule is not None and rule.method is not Method.REJECT:
             return rule

@@ -99,7 +99,7 @@ class Credentials:
         known, made = self._made.get((pool, user), (None, None))
         if made is None or known != secret:
             loop = asyncio.get_running_loop()
-            made = loop.run_in_executor(None, make_verifier, secret.get_secret_value())
+            made = loop.run_in_executor(None, make_verifier, secret.get_secret_value(), user)
             self._made[pool, user] = secret, made
         await asyncio.wait((made,))  # not "await made": who is cancelled would cancel it for all
         return Credential(made.result(), secret)

@@ -1,8 +1,9 @@
 """Which pools there are: those of the configuration, and those that templates make on demand.
 
 Owns every pool with its tables, and who uses them. A template has a pool for each database and user
-that somebody is logged in with, or connections are left of; all of them share one budget of
-connections. A pool is made after the client has proved who it is, and is gone as soon as it has
+that somebody is logged in with, or connections are left of, and another one for those who have no secret
+for the server (``trust``, ``cert``): they are let in by the server, or not, on their own account. All
+of them share one budget of connections. A pool is made after the client has proved who it is, and is gone as soon as it has
 neither clients nor connections: so there are never more than clients and connections together.
 
 Runs no task: the service calls ``tick`` every 100 ms.
@@ -169,12 +170,13 @@ class _Template:
         self._traffic: Final = traffic
         self._spawn: Final = spawn
         self._budget: Final[Budget[ServerConnection, Pool]] = Budget(config.max_size)
-        self.pools: Final[dict[tuple[str, str], PoolTables]] = {}  # by database and user
+        self.pools: Final[dict[tuple[str, str, bool], PoolTables]] = {}
+        """By database, user, and whether there is a secret to log in to the server with."""
         self._unused: Final[dict[PoolTables, None]] = {}  # without clients
 
     def enter(self, login: Login, client: object) -> PoolTables:
         target = _target_of(self._target, login)
-        key = target.database, target.user
+        key = _key_of(target)
         tables = self.pools.get(key)
         if tables is None:
             pool = Pool(
@@ -188,7 +190,7 @@ class _Template:
             )
             tables = self.pools[key] = PoolTables(pool)
             log.debug("pool made", extra=_names(pool))
-        elif target.password is not None or target.scram_keys is not None:
+        else:
             tables.pool.target = target  # the password may have been changed
         tables.clients.add(client)
         self._unused.pop(tables, None)
@@ -206,7 +208,7 @@ class _Template:
         if pool.state.size:
             return
         del self._unused[tables]
-        del self.pools[pool.target.database, pool.target.user]
+        del self.pools[_key_of(pool.target)]
         self._budget.forget(pool)
         log.debug("pool dropped", extra=_names(pool))
 
@@ -256,6 +258,11 @@ def _target_of(template: ServerTarget, login: Login) -> ServerTarget:
         password=login.password,
         scram_keys=keys,
     )
+
+
+def _key_of(target: ServerTarget) -> tuple[str, str, bool]:
+    has_secret = target.password is not None or target.scram_keys is not None
+    return target.database, target.user, has_secret
 
 
 def _is_down(pool: Pool) -> bool:

@@ -202,19 +202,26 @@ class Session:
                 await asyncio.wait((arriving,), timeout=deadline - 0.1 - clock())
             self._transport.close()
             return None
-        self._user = packet.text(b"user")
+        self._user = packet.name(b"user")
         self._host.admit_login(self)
         self._check(packet)
         user = self._user
-        database = packet.text(b"database") or user
+        database = packet.name(b"database") or user
         if self._host.console.is_meant(database):
             return await self._log_in_to_console(packet, user, database, deadline)
         pool, no_pool = self._find_pool(database)
         login = await self._host.authenticator.authenticate(self, user, database, pool, deadline)
+        asked = pool
         pool, no_pool = self._find_pool(database)  # again: a reload may have come between
         if pool is None:
             assert no_pool is not None
             raise no_pool
+        if asked is None or not asked.has_same_users(pool):
+            raise SidecarError(
+                f'database "{database}" has changed during the login',
+                hint="Log in again: who may, and with which password, may have changed, too.",
+                sqlstate="57P03",
+            )
         self._host.check_enabled(pool.name)
         self._host.admit(user, pool)
         tables = self._host.enter(pool, login, self)
@@ -223,6 +230,7 @@ class Session:
             await tables.pool.opener.wait_for_parameters(deadline - 0.1)
             if self._is_closed:
                 raise _Gone
+            self._host.check_enabled(pool.name)
             self._host.admit(user, pool)  # others may have come in meanwhile
             settings = tables.settings.intern(from_startup(packet, tables.pool.opener.parameters))
             tables.settings.is_known(settings)
@@ -230,7 +238,7 @@ class Session:
             relay = Relay(tables, self._host, client, settings, self._host.limits(pool, user))
             relay.secret = secrets.token_bytes(packet.secret_size)
             if pool.mode is PoolMode.SESSION or relay.carrier.must_be_tried:
-                await self._greet(relay, deadline)
+                await self._greet(relay, pool, deadline)
             else:
                 self._host.register(relay)
                 self._hand_over(relay, b"".join(relay.carrier.told()))
@@ -238,7 +246,7 @@ class Session:
             self._host.leave(tables, self)
         return ClientOutcome.ACCEPTED
 
-    async def _greet(self, relay: Relay, deadline: float) -> None:
+    async def _greet(self, relay: Relay, config: PoolConfig, deadline: float) -> None:
         """The end of a login that needs a server connection: to keep, or to try the settings on."""
         pool = relay.tables.pool
         timeout = min(relay.limits.acquire, deadline - 0.1 - clock())
@@ -249,6 +257,8 @@ class Session:
             data = await greeting.settle(server)
             if self._is_closed:
                 raise _Gone
+            self._host.check_enabled(pool.name)
+            self._host.admit(relay.client.user, config)  # again: this may have taken a while
             told = b"".join(m.parameter_status(*each) for each in server.parameters.items())
             if pool.config.mode is PoolMode.SESSION:
                 self._host.register(relay, server.pid)
