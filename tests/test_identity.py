@@ -139,3 +139,35 @@ def test_known_settings_need_no_server_at_login(postgres) -> None:
                 client.rows("commit")
                 assert other.value("show application_name") == "any"
         sidecar.until_whole()
+
+
+@pytest.mark.parametrize("way", ["at login", "as SET"])
+def test_nothing_runs_under_another_role_than_the_clients(postgres, way) -> None:
+    """It was accepted once, then taken away: what comes next must not run with the pool's own rights."""
+    postgres.psql("""
+        drop table if exists roles_seen; drop role if exists identity_role; drop role if exists identity_user;
+        create role identity_user login; create role identity_role;
+        grant identity_role to identity_user; create table roles_seen (who text);
+        grant all on roles_seen to public
+    """)
+    insert = "insert into roles_seen values (current_user)"
+    with Sidecar(postgres, dsn=postgres.dsn(user="identity_user"), max_size=2) as sidecar:
+        if way == "at login":
+            client = sidecar.login(options="-c role=identity_role")
+        else:
+            client = sidecar.login()
+            client.rows("set role identity_role")
+        client.rows(insert)
+        if way == "at login":
+            with sidecar.login() as other:  # without a role: the next lease has to set it again
+                other.rows("select 1")
+        postgres.psql("revoke identity_role from identity_user")
+        if way == "at login":
+            client.send(query(insert))
+            assert kinds(client.until_closed()) == "E"
+        else:
+            client.rows(insert)  # as on a direct connection: the role stays until it is set again
+        client.socket.close()
+        sidecar.until_whole()
+    assert set(postgres.psql("select who from roles_seen").split()) == {"identity_role"}
+    postgres.psql("drop table roles_seen; drop role identity_role; drop role identity_user")

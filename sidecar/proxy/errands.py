@@ -132,7 +132,8 @@ class Errands:
         carrier = self._carrier
         carrier.set_up(server)
         self.is_running = carrier.is_setting
-        if not carrier.is_setting or carrier.settings.is_proven:
+        settings = carrier.settings
+        if not carrier.is_setting or (settings.is_proven and not settings.is_risky):
             return True
         self.is_holding = True
         self._rest = data

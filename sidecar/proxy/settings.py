@@ -51,7 +51,7 @@ _NAME: Final = re.compile(rb"[a-z_][a-z0-9_]*")
 class Settings:
     """Name (lower case) to value, immutable. Equal settings of a pool are one object."""
 
-    __slots__ = ("__weakref__", "canonical", "dialect", "is_proven", "values")
+    __slots__ = ("__weakref__", "canonical", "dialect", "is_proven", "is_risky", "values")
 
     def __init__(self, values: dict[bytes, bytes]) -> None:
         self.values: Final[Mapping[bytes, bytes]] = values
@@ -60,6 +60,8 @@ class Settings:
             name + b"=" + value for name, value in values.items() if not _not_parsed_by(name)
         )
         self.is_proven = not values  # a server has accepted them
+        # A role may have been taken away since: nothing must run before it is taken again.
+        self.is_risky: Final = b"role" in values or b"session_authorization" in values
         self.canonical: Settings | None = None  # the same as the server spells them, once known
 
     def __repr__(self) -> str:
