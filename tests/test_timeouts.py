@@ -37,6 +37,7 @@ OPTIONS = {
     "57014": "query_timeout",
     "25P03": "idle_in_transaction_timeout",
     "25P04": "transaction_timeout",
+    "57P05": "client_idle_timeout",
 }
 """What the hint names: the server has limits with the same words."""
 
@@ -97,8 +98,6 @@ def taking(least: float) -> Iterator[None]:
 
 def check_told(fields: dict[str, str], sqlstate: str, severity: str = "FATAL") -> None:
     assert (fields["C"], fields["V"], fields["M"]) == (sqlstate, severity, TEXTS[sqlstate])
-    if sqlstate == "57P05":
-        return  # as all that is said to clients who are not in the middle of something: no hint
     assert fields["H"] == f"The limit is the connection pool's {OPTIONS[sqlstate]}."
 
 

@@ -72,7 +72,7 @@ def farewell(pool: Pool, error: SidecarError, *, is_error: bool) -> bytes:
     """The last ErrorResponse of a session. One that had to end is not an error."""
     if is_error:
         return report(pool, error, "FATAL")
-    return m.error_response("FATAL", error.sqlstate, error.message)
+    return m.error_response("FATAL", error.sqlstate, error.message, hint=error.hint)
 
 
 def log_closed(pool: Pool, client: Client, error: SidecarError) -> None:

@@ -80,7 +80,7 @@ class Over:
     """Of the server connection, where it cannot be used any more."""
     sqlstate: str
     message: str
-    hint: str = ""
+    hint: str
     detail: str = ""
 
     @property
@@ -119,6 +119,7 @@ CLIENT_IDLE: Final = Over(
     CloseReason.CLIENT_LOST,
     "57P05",
     "terminating connection due to idle-session timeout",
+    hint("client_idle_timeout"),
 )
 
 
