@@ -1,13 +1,25 @@
 """Attacks on who gets in, as whom, and on what is theirs: each has to fail."""
 
+import hmac
+import socket
+import ssl
+import struct
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
 import psycopg
 import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from sidecar.config_changes import taken_over
+from sidecar.demo.postgres import EmbeddedPostgres
 from sidecar.protocol import messages as m
 from sidecar.protocol.authentication import ClientExchange
+from tests.listener_files import ListenerFiles
 from tests.test_console import CONSOLE
-from tests.wire import Sidecar, error, kinds, query, startup
+from tests.wire import SSL_REQUEST, Sidecar, error, kinds, query, startup
 
 HIDDEN = b"; SET search_path TO trap; CREATE TEMP TABLE trap (a int); --"
 
@@ -208,3 +220,82 @@ def test_who_is_trusted_does_not_ride_on_the_password_of_another(own_postgres):
         assert ride(sidecar)["C"] == "28P01"
         with psycopg.connect(dsn) as proven:
             assert proven.execute("SELECT 1").fetchone() == (1,)
+
+
+# -- memory and time -------------------------------------------------------------------------------
+
+
+def test_password_that_is_costly_to_prepare_is_not(postgres):
+    """Each character becomes 18 by SASLprep: 64 KiB of them are 0.7 s of CPU, for anybody who asks."""
+    rules = {"hba": "host all all 127.0.0.1/32 password"}
+    with Sidecar(postgres, users={"alice": "x"}, listen=rules) as sidecar:
+        started = time.process_time()
+        for _ in range(3):
+            with sidecar.connect() as client:
+                client.send(startup({"user": "alice", "database": "main"}))
+                client.until("R")
+                client.send(m.password("\ufdfa".encode() * 21_000 + b"\0"))
+                assert error(client.until_closed())["C"] == "28P01"
+        assert time.process_time() - started < 1.0
+
+
+def expanded(secret: bytes, label: bytes, size: int) -> bytes:
+    """HKDF-Expand-Label without a context, by SHA-384 (RFC 8446, 7.1)."""
+    info = struct.pack("!HB", size, len(label) + 6) + b"tls13 " + label + b"\0"
+    return hmac.digest(secret, info + b"\1", "sha384")[:size]
+
+
+def key_updates(secret: bytes) -> Iterator[bytes]:
+    """Records that each ask for a change of keys, encrypted (RFC 8446, 4.6.3)."""
+    while True:
+        head = bytes.fromhex("1703030016")
+        key, nonce = expanded(secret, b"key", 32), expanded(secret, b"iv", 12)
+        yield head + AESGCM(key).encrypt(nonce, bytes.fromhex("180000010116"), head)
+        secret = expanded(secret, b"traffic upd", 48)
+
+
+def test_changes_of_keys_without_end_do_not_fill_the_memory(
+    postgres: EmbeddedPostgres, files: ListenerFiles, tmp_path: Path
+) -> None:
+    """Each is answered by one of ours, which this client never reads. It needs no password for it."""
+    log = tmp_path / "keys"
+    context = ssl.create_default_context(cafile=files.root)
+    context.check_hostname = False
+    context.keylog_filename = str(log)
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = context.wrap_bio(incoming, outgoing)
+    listen = files.listen(login_timeout="1m")
+    with Sidecar(postgres, listen=listen) as sidecar, sidecar.connect() as client:
+        client.send(SSL_REQUEST)
+        assert client.socket.recv(1) == b"S"
+        while True:
+            try:
+                tls.do_handshake()
+            except ssl.SSLWantReadError:
+                client.send(outgoing.read())
+                incoming.write(client.socket.recv(65536))
+            else:
+                break
+        client.send(outgoing.read())
+        assert tls.cipher()[0] == "TLS_AES_256_GCM_SHA384"  # type: ignore[index]  # there is one
+        listener = sidecar.service._listener
+        assert listener is not None
+        (session,) = listener._logins
+        small = 4096  # bytes, so that the kernel does not keep megabytes of it
+        sidecar.call(
+            lambda: session._transport.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, socket.SO_SNDBUF, small
+            )
+        )
+        (line,) = [
+            each for each in log.read_text().split("\n") if "CLIENT_TRAFFIC_SECRET_0" in each
+        ]
+        records = key_updates(bytes.fromhex(line.split()[2]))
+
+        def flood() -> None:
+            for _ in range(300):  # 8 MiB
+                client.send(*islice(records, 1000))
+
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            flood()
+        sidecar.until_whole()

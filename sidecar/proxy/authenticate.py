@@ -31,6 +31,10 @@ from sidecar.proxy.login import Login
 log = logging.getLogger("pgsidecar.proxy")
 
 
+_MAX_PASSWORD: Final = 4096
+"""Bytes of a password that is said. One of 64 KiB can cost a second of CPU (SASLprep)."""
+
+
 class Unproven(Protocol):
     """A client in login, as a session offers it."""
 
@@ -165,6 +169,8 @@ class Authenticator:
         body = await client.password_message()
         if body[-1:] != b"\0" or b"\0" in body[:-1]:
             raise ClientProtocolError("invalid password packet size")
+        if len(body) > _MAX_PASSWORD + 1:
+            raise _wrong_password(user)
         try:
             said = body[:-1].decode()
         except UnicodeDecodeError:

@@ -20,6 +20,9 @@ _PIECE: Final = 8 * 1024
 """Bytes that are passed through OpenSSL's buffers at a time: they stay as large as they have ever been.
 PostgreSQL's records are as long (PQ_SEND_BUFFER_SIZE)."""
 
+_MAX_UNREAD: Final = 1024 * 1024
+"""Bytes of answers to changes of keys that a client may leave unread. One read can bring 256 KiB."""
+
 _RECORD: Final = 16 * 1024
 """Bytes of plain text in a TLS record, at most (RFC 8446, 5.1)."""
 
@@ -41,6 +44,7 @@ class TlsTransport:
         "_raw",
         "_received",
         "_tls",
+        "_unread",
         "_wake",
     )
 
@@ -54,6 +58,7 @@ class TlsTransport:
         self._is_closing = False
         self._is_lost = False
         self._received = b""  # during the handshake
+        self._unread = 0
         self._wake: asyncio.Future[None] | None = None
 
     # -- the handshake -------------------------------------------------------------------------
@@ -150,7 +155,7 @@ class TlsTransport:
             self._fail(exc)
             return
         if self._outgoing.pending:
-            self._flush()  # the answer to a change of keys
+            self._answer()
         if texts:
             text = texts[0] if len(texts) == 1 else b"".join(texts)
             if text:
@@ -183,6 +188,16 @@ class TlsTransport:
     def _flush(self) -> None:
         if not self._raw.is_closing():
             self._raw.write(self._outgoing.read())
+
+    def _answer(self) -> None:
+        """To a change of keys. A client may ask for them without end, and read nothing."""
+        if not self._raw.get_write_buffer_size():
+            self._unread = 0
+        self._unread += self._outgoing.pending
+        self._flush()
+        if self._unread > _MAX_UNREAD:
+            log.info("client closed: it changes keys, and does not read")
+            self.abort()
 
     def _fail(self, error: ssl.SSLError) -> None:
         """The client, or who sits in between, has broken TLS: there is no one left to talk to."""
