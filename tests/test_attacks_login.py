@@ -62,6 +62,24 @@ def test_value_whose_last_byte_looks_like_a_backslash_is_no_way_out_of_a_text(
             assert victim.value("SELECT to_regclass('pg_temp.trap') IS NULL") == "t"
 
 
+@pytest.mark.parametrize("encoding", ["LATIN1", "SJIS"])
+def test_encoding_of_the_client_before_does_not_change_what_is_carried(postgres, encoding):
+    """A tenant's name, say, by which a policy lets rows be seen: in LATIN1 its bytes are another's."""
+    with Sidecar(postgres, max_size=1) as sidecar:
+        theirs = {"client_encoding": encoding}
+        ours = {"trap.tenant": "é", "search_path": '"ü"'}
+        for parameters in (ours, theirs, ours, theirs, ours | theirs, ours):
+            if parameters == ours | theirs and encoding == "SJIS":
+                continue  # these bytes are none there
+            with sidecar.login(**parameters) as client:
+                if "trap.tenant" in parameters and "client_encoding" not in parameters:
+                    told = "SELECT current_setting('trap.tenant'), length(current_setting('trap.tenant'))"
+                    assert client.rows(told) == [["é", "1"]]
+                    assert client.value("SHOW search_path") == '"ü"'
+                else:
+                    assert client.value("SELECT 1") == "1"
+
+
 @pytest.mark.parametrize(
     ("parameters", "text"),
     [

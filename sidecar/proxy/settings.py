@@ -41,6 +41,8 @@ _LIST_VALUED: Final = re.compile(
 """SET takes these as lists of identifiers; set_config takes the text as a client sent it."""
 
 
+_ENCODING: Final = b"client_encoding"
+
 _MOST_SPELLINGS: Final = 1000
 
 _printable: Final = re.compile(rb"[ -~]*").fullmatch
@@ -150,8 +152,16 @@ def change(before: Mapping[bytes, bytes], after: Mapping[bytes, bytes]) -> bytes
     SET rather than set_config where it can be: it needs no planning, a third of the server's time.
     """
     statements = [b"RESET " + _name(name) for name in before if name not in after]
+    encoding = after.get(_ENCODING)
+    is_recoded = before.get(_ENCODING) != encoding
+    if is_recoded and encoding is not None:
+        statements.append(_assign(_ENCODING, encoding))
     for name, value in after.items():
-        if before.get(name) != value:
+        if is_recoded and name == _ENCODING:
+            continue
+        if is_recoded and not value.isascii():
+            statements.append(_assign_in_new_encoding(name, value))
+        elif before.get(name) != value:
             if name == b"datestyle" and name in before and b"," not in value:
                 statements.append(b"RESET datestyle")  # half a style keeps the other half
             statements.append(_assign(name, value))
@@ -162,6 +172,15 @@ def _assign(name: bytes, value: bytes) -> bytes:
     if _LIST_VALUED.fullmatch(name):
         return b"SELECT pg_catalog.set_config(%b,%b,false)" % (literal(name), literal(value))
     return b"SET " + _name(name) + b" TO " + literal(value)
+
+
+def _assign_in_new_encoding(name: bytes, value: bytes) -> bytes:
+    """The server reads the whole text in the old one, before it does the first statement."""
+    return (
+        b"SELECT pg_catalog.set_config(%b,pg_catalog.convert_from(pg_catalog.decode('%b','hex'),"
+        b"pg_catalog.current_setting('client_encoding')::pg_catalog.name),false)"
+        % (literal(name), value.hex().encode())
+    )
 
 
 def _name(name: bytes) -> bytes:
