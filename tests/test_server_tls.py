@@ -195,9 +195,12 @@ async def test_wrong_certificate_is_refused(tls_postgres, wrong, mode, words):
     dsn = tls_postgres.dsn(host="localhost", sslmode=mode, sslrootcert=str(tls_postgres.root))
     with tls_postgres.serving(made[wrong]()):
         if words:
-            message = await tls_failure(dsn)
-            assert message.startswith("the server's certificate is refused: ")
-            assert words in message
+            problem = await refused(dsn, TlsFailed)
+            assert isinstance(problem, TlsFailed)
+            assert problem.message.startswith("the server's certificate is refused: ")
+            assert words in problem.message
+            is_strange = wrong in ("issuer", "itself")
+            assert problem.hint == is_strange * "sslrootcert has to have the CA that signed it."
         else:
             async with opened(dsn) as server:
                 assert await encryption(server) == NEWEST
@@ -670,4 +673,7 @@ async def test_server_that_knows_no_direct_tls_is_told(tls_postgres):
     """PostgreSQL before 17 takes it for a startup packet that is far too long."""
     with Tap(tls_postgres.port) as tap:
         dsn = f"postgresql://u@127.0.0.1:{tap.port}/d?sslmode=require&sslnegotiation=direct"
-        assert "TLS" in await tls_failure(dsn)
+        problem = await refused(dsn, TlsFailed)
+        assert isinstance(problem, TlsFailed)
+        assert "TLS" in problem.message
+        assert problem.hint == "sslnegotiation=direct needs PostgreSQL 17 or newer."

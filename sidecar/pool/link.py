@@ -190,10 +190,12 @@ class Link:
             )
         except TimeoutError:
             raise
+        except ConnectionError as exc:
+            raise tls.cut_off(policy) from exc
         except (OSError, ValueError) as exc:  # ValueError: a name that no certificate can have
             raise tls.failure(exc) from exc
         if transport is None:  # lost during the handshake; uvloop's and asyncio's own way to say so
-            raise TlsFailed("the server closed the connection during the TLS handshake")
+            raise tls.cut_off(policy)
         self.transport = transport
         self._is_on_trial = bool(policy.certificate)
         encryption = self.encryption

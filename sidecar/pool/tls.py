@@ -22,6 +22,9 @@ _MOST_CONTEXTS: Final = 256  # one for each policy in the configuration; there a
 
 _VERSIONS = {"TLSv1.2": ssl.TLSVersion.TLSv1_2, "TLSv1.3": ssl.TLSVersion.TLSv1_3}
 
+_STRANGERS: Final = frozenset({18, 19, 20, 21})
+"""X509_V_ERR_...: self-signed, also within the chain; its issuer, or the first one's, is not known."""
+
 _Signature = tuple[tuple[int, ...], ...]
 _contexts: dict[TlsPolicy, tuple[_Signature, ssl.SSLContext]] = {}
 
@@ -124,12 +127,20 @@ def server_name(policy: TlsPolicy, host: str) -> str | None:
 def failure(exc: BaseException) -> TlsFailed:
     """What a handshake, or what came of it later, failed for."""
     if isinstance(exc, ssl.SSLCertVerificationError):
-        return TlsFailed(f"the server's certificate is refused: {exc.verify_message}")
+        is_strange = exc.verify_code in _STRANGERS
+        hint = "sslrootcert has to have the CA that signed it." if is_strange else ""
+        return TlsFailed(f"the server's certificate is refused: {exc.verify_message}", hint=hint)
     if isinstance(exc, ssl.SSLError):
         return TlsFailed(f"TLS with the server failed: {_reason(exc)}")
-    if isinstance(exc, ConnectionError):
-        return TlsFailed("the server closed the connection during the TLS handshake")
     return TlsFailed(f"TLS with the server failed: {exc}")
+
+
+def cut_off(policy: TlsPolicy) -> TlsFailed:
+    """The connection was lost during the handshake."""
+    return TlsFailed(
+        "the server closed the connection during the TLS handshake",
+        hint="sslnegotiation=direct needs PostgreSQL 17 or newer." if policy.is_direct else "",
+    )
 
 
 def _reason(exc: ssl.SSLError) -> str:
