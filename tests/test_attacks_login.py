@@ -179,6 +179,17 @@ def test_salts_tell_nobody_who_exists(postgres):
         assert len(set.union(*seen.values())) == 3
 
 
+def test_iterations_tell_nobody_who_exists(postgres):
+    """Where the server's scram_iterations is not the default, a stranger's have to be the same."""
+    verifier = f"SCRAM-SHA-256$5000:{'QUJD' * 5}QQ==${'A' * 43}=:{'A' * 43}="
+    # the names of the users are all that it looks at
+    asked = f"SELECT $1, CASE WHEN $1 LIKE 'known%' THEN '{verifier}' END"
+    pools = {"main": {"dsn": postgres.dsn(), "min_idle": 0, "auth_query": asked}}
+    with Sidecar(pools=pools, listen={"auth": "scram-sha-256"}) as sidecar:
+        for user in ("known", "stranger", "known too"):
+            assert challenge(sidecar, user, "main")[1] == "i=5000"
+
+
 # -- a reload during a login -----------------------------------------------------------------------
 
 

@@ -79,13 +79,13 @@ def make_verifier(password: str, user: str) -> ScramVerifier:
     return ScramVerifier(salt, stored_key, keys.server_key, _ITERATIONS)
 
 
-def mock_verifier(user: str) -> ScramVerifier:
+def mock_verifier(user: str, iterations: int = _ITERATIONS) -> ScramVerifier:
     """For a user that does not exist: looks like one who does, always with the same salt.
 
     So a stranger cannot find out which users there are (PostgreSQL's mock authentication).
     """
     keys = secrets.token_bytes(32), secrets.token_bytes(32)
-    return ScramVerifier(_salt_of(user), *keys, _ITERATIONS)
+    return ScramVerifier(_salt_of(user), *keys, iterations)
 
 
 def _salt_of(user: str) -> bytes:

@@ -23,7 +23,6 @@ from sidecar.protocol.authentication import (
     MECHANISM_PLUS,
     ServerExchange,
     knows_password,
-    mock_verifier,
 )
 from sidecar.proxy.credentials import Credential, Credentials
 from sidecar.proxy.login import Login
@@ -135,7 +134,7 @@ class Authenticator:
     async def _credential(self, user: str, pool: PoolConfig | None, deadline: float) -> Credential:
         """Of a user that is not known, one that nobody can satisfy."""
         found = await self._credentials.find(user, pool, deadline)
-        return found or Credential(mock_verifier(user))
+        return found or self._credentials.nobodys(user, pool)
 
     async def _scram(
         self, client: Unproven, user: str, database: str, pool: PoolConfig | None, deadline: float

@@ -15,7 +15,12 @@ from pydantic import SecretStr
 
 from sidecar.config import PoolConfig, UserConfig
 from sidecar.pool.opening import Spawn
-from sidecar.protocol.authentication import ScramVerifier, make_verifier, parse_verifier
+from sidecar.protocol.authentication import (
+    ScramVerifier,
+    make_verifier,
+    mock_verifier,
+    parse_verifier,
+)
 from sidecar.proxy.lookup import Lookup
 
 log = logging.getLogger("pgsidecar.proxy")
@@ -66,6 +71,14 @@ class Credentials:
         lookup = None if pool is None else self._lookups.get(pool.name)
         verifier = None if lookup is None else await lookup.find(user, deadline)
         return None if verifier is None else Credential(verifier)
+
+    def nobodys(self, user: str, pool: PoolConfig | None) -> Credential:
+        """One that nobody can satisfy, for a user that is not known. It looks like those that are
+        looked up for this pool."""
+        lookup = None if pool is None else self._lookups.get(pool.name)
+        if lookup is None or lookup.iterations is None:
+            return Credential(mock_verifier(user))
+        return Credential(mock_verifier(user, lookup.iterations))
 
     def forget(self, user: str, pool: PoolConfig | None) -> None:
         """A login failed: what has been looked up may be out of date."""

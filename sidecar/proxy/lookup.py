@@ -52,6 +52,8 @@ class Lookup:
         """Whom to look up, in order."""
         self._kept: dict[str, tuple[float, _FOUND]] = {}
         """Until when a result is good; the oldest first."""
+        self.iterations: int | None = None
+        """Of the verifier that was found last: the server's scram_iterations, as a rule."""
         self._is_working = False
         self._is_closed = False
         self._not_before = 0.0
@@ -177,6 +179,8 @@ class Lookup:
 
     def _settle(self, user: str, outcome: _FOUND | SidecarError) -> None:
         if not isinstance(outcome, SidecarError):
+            if outcome is not None:
+                self.iterations = outcome.iterations
             self._kept.pop(user, None)
             self._kept[user] = clock() + _KEPT, outcome
             if len(self._kept) > _MOST_KEPT:
