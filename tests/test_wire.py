@@ -209,6 +209,15 @@ CONVERSATIONS: dict[str, list[Step]] = {
         ),
         query("rollback"),
     ],
+    "a text in a failed transaction": [
+        *(parse("select 6", "a") + SYNC, query("begin"), query("select 1/0")),
+        *(parse("select 6", "b") + SYNC, parse("rollback", "c") + SYNC, query("rollback")),
+        *(bind(name="b") + SYNC, bind(name="c") + execute() + SYNC, parse("select 6", "b") + SYNC),
+    ],
+    "the unnamed statement after what pins": [
+        parse("create temp table wire_unnamed (a int)") + bind() + execute() + SYNC,
+        *(bind() + execute() + SYNC, query("drop table wire_unnamed")),
+    ],
     "a query in the middle": [
         (parse("select 1") + bind() + execute() + query("select 2") + SYNC, 2),
         (parse("select 1/0") + bind() + execute() + query("select 2") + SYNC, 1),

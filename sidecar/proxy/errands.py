@@ -216,6 +216,7 @@ class Errands:
 
     def _ask(self, server: ServerConnection) -> None:
         user = self._pool.opener.parameters.get(b"session_authorization", b"")
+        self._requests.begin_lease()  # our Query takes the unnamed statement away
         self._inquiry = Inquiry(server, user, self._carrier.settings)
         self.is_running = self.is_holding = True
         self._replies.is_at_rest = False

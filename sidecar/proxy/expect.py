@@ -84,6 +84,11 @@ def skip_to_sync(server: ServerConnection) -> int:
     return queries
 
 
+def has_cycles(server: ServerConnection) -> bool:
+    """Whether a cycle is under way that ends before the next message begins."""
+    return any(code in (m.SYNC, m.QUERY, m.FUNCTION_CALL, DEALLOCATED) for code in server.expected)
+
+
 def is_open(
     server: ServerConnection, name: bytes, statements: tuple[Prepared | None, Prepared | None]
 ) -> bool:

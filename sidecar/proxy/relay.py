@@ -162,9 +162,18 @@ class Relay:
             self.is_waiting = False
             self.pool.abandon(self, now)
         server = self.server
-        if server is not None and not self.errands.is_asking:  # else once that is answered
-            self.leave(server, CloseReason.CLIENT_LOST, now)
+        if server is not None:
+            if not self.errands.is_asking:
+                self.leave(server, CloseReason.CLIENT_LOST, now)
+            else:  # once that is answered, which is no work
+                patience = self.pool.config.ping_timeout
+                asyncio.get_running_loop().call_later(patience, self._miss_answer)
         self._registry.gone(self)
+
+    def _miss_answer(self) -> None:
+        """The client has gone, and the server still owes the answer to our question."""
+        if self.server is not None:
+            self.leave(self.server, CloseReason.PING_TIMEOUT, clock())
 
     def pause_writing(self) -> None:
         self.is_write_paused = True

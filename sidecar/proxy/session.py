@@ -8,6 +8,7 @@ import asyncio
 import logging
 import secrets
 import socket
+from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 from sidecar.config import PoolConfig
@@ -262,11 +263,12 @@ class Session:
             told = b"".join(m.parameter_status(*each) for each in server.parameters.items())
             if pool.config.mode is PoolMode.SESSION:
                 self._host.register(relay, server.pid)
-                relay.adopt(server, data)
+                greeting.server = None
+                self._hand_over(relay, told, lambda: relay.adopt(server, data))
             else:
                 self._host.register(relay)
                 greeting.give_up()
-            self._hand_over(relay, told)
+                self._hand_over(relay, told)
         finally:
             greeting.give_up()
 
@@ -315,8 +317,10 @@ class Session:
             minor = min(packet.minor, startup.NEWEST_MINOR)
             self.write(m.negotiate_protocol_version(minor, packet.unknown_options))
 
-    def _hand_over(self, relay: Relay | Guest, told: bytes) -> None:
-        """``told``: ParameterStatus messages."""
+    def _hand_over(
+        self, relay: Relay | Guest, told: bytes, then: Callable[[], None] = lambda: None
+    ) -> None:
+        """``told``: ParameterStatus messages. ``then`` runs before what the client has said already."""
         self.write(
             m.authentication(m.AUTH_OK)
             + told
@@ -328,7 +332,8 @@ class Session:
         relay.connection_made(self._transport)
         if self._is_paused:
             self._transport.resume_reading()
-        if data:
+        then()
+        if data and not self._transport.is_closing():
             self._host.traffic.client_received -= len(data)  # the relay counts it again
             relay.data_received(data)
 

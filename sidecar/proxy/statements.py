@@ -134,8 +134,16 @@ class Statements:
             server.expected.append(expect.PARSE_TAKEN)
             self._rewriter.refusal = policy.name_is_taken(name)
             return
-        self._named[name] = statement
         is_new = not prepared.touch(server, statement)
+        if not is_new and not server.copy_in:
+            if expect.has_cycles(server):
+                self._wait(data, pos)  # an earlier one may fail, or end, the transaction
+            if server.tx_status == m.FAILED and query.operation != Operation.TRANSACTION:
+                # The server has to refuse it (25P02), as on a direct connection.
+                self._rewriter.replace(data, pos, end, statement.parse)
+                server.expected.append(expect.PARSE_TAKEN)
+                return
+        self._named[name] = statement
         if not is_new:
             self._observer.parsed(True)
             self._rewriter.replace(data, pos, end, b"")
@@ -294,9 +302,12 @@ class Statements:
             return
         victim = prepared.oldest(server, self._limit)
         if server.undoes or expect.is_open(server, name, (at, victim)):
-            self._rewriter.insert(data, pos, m.FLUSH_MESSAGE)
-            self.awaits_outcome = True
-            raise Unsure(pos)
+            self._wait(data, pos)
+
+    def _wait(self, data: bytes, pos: int) -> None:
+        self._rewriter.insert(data, pos, m.FLUSH_MESSAGE)
+        self.awaits_outcome = True
+        raise Unsure(pos)
 
     def checked(self) -> None:
         """The server has answered: what waits may go on, or is refused if the types have changed."""
