@@ -60,7 +60,12 @@ BLOCK_SQL = [
 STATE_SQL = [
     *("set timezone = 'Asia/Tokyo'", "set timezone = 'nowhere'", "reset timezone", "reset all"),
     *("set application_name = 'set'", "set search_path = pg_catalog, public", "show search_path"),
-    *("set work_mem = '1MB'", "show work_mem", "set fuzz.mine = 'x'", "show fuzz.mine"),
+    *(
+        "set work_mem = '1MB'",
+        "show work_mem",
+        "set fuzz.mine = 'x'",
+        "select coalesce(current_setting('fuzz.mine', true), '')",
+    ),
     *("select set_config('fuzz.mine', 'y', false)", "set datestyle = 'German'"),
     *("select '2020-03-04'::date, '2020-03-04 05:06+00'::timestamptz", "discard all"),
     *("listen fuzz", "unlisten *", "select pg_listening_channels()"),
@@ -256,6 +261,7 @@ def converse(
     """Say all of it, unit by unit. ``settle`` lets what has been sent so far be looked at; ``begin`` is
     called before each unit."""
     answers: list[Answer] = []
+    is_failed = False
     for number, unit in enumerate(stream.units):
         begin(number)
         try:
@@ -264,36 +270,44 @@ def converse(
                 settle()
         except (BrokenPipeError, ConnectionResetError):
             pass  # what it said before is to be read
-        answers.append(_up_to_barrier(client))
+        answers.append(_up_to_barrier(client, is_failed))
+        is_failed = answers[-1].replies[-1:] == [("Z", b"E")]
         if answers[-1].is_end:
             break
     return answers
 
 
-def _up_to_barrier(client: Client) -> Answer:
+def _up_to_barrier(client: Client, is_failed: bool) -> Answer:
     messages: list[Message] = []
     try:
         while not (len(messages) > 1 and messages[-2].kind == "I" and messages[-1].kind == "Z"):
             messages.append(client.receive())
     except (EOFError, ConnectionResetError):
-        return Answer(_essence(messages), True)
-    return Answer(_essence(messages), False)
+        return Answer(_essence(messages, is_failed), True)
+    return Answer(_essence(messages, is_failed), False)
 
 
-def _essence(messages: list[Message]) -> list[tuple[str, object]]:
-    """Without what comes at a time of its own, and without what numbers and wording there are."""
+def _essence(messages: list[Message], is_failed: bool) -> list[tuple[str, object]]:
+    """Without what comes at a time of its own, and without what numbers and wording there are.
+
+    ``is_failed``: in a failed transaction. Anything but its end is an error there, and which one depends
+    on what is prepared where.
+    """
     found: list[tuple[str, object]] = []
     for message in messages:
         match message.kind:
             case "A" | "N" | "S":
                 continue
             case "E":
-                found.append(("E", (message.fields.get("S"), message.fields.get("C"))))
+                sqlstate = "in a failed transaction" if is_failed else message.fields.get("C")
+                found.append(("E", (message.fields.get("S"), sqlstate)))
             case "D":
                 found.append(("D", message.columns))
             case "T":
                 found.append(("T", _columns(message.body)))
             case kind:
+                if kind == "Z":
+                    is_failed = message.body == b"E"
                 found.append((kind, message.body))
     return found
 

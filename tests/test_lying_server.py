@@ -135,9 +135,11 @@ class Liar:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = self._loop.create_task(self._serve(Connection(reader, writer)))
+        connection = Connection(reader, writer)
+        task = self._loop.create_task(self._serve(connection))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: connection.reset())  # even one that never began
 
     async def _serve(self, connection: Connection) -> None:
         try:
