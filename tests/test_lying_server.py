@@ -10,9 +10,9 @@ import random
 import struct
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Self
+from typing import Any, Self
 
 import pytest
 
@@ -113,6 +113,12 @@ class Liar:
             asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(PATIENCE)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(PATIENCE)
+            # What was accepted in the last moment has no task yet: only the loop knows it.
+            transports: Mapping[int, Any] = self._loop._transports  # type: ignore[attr-defined]
+            for transport in list(transports.values()):
+                if transport._sock is not None:
+                    transport._sock.close()
+                    transport._sock = None
             self._loop.close()
 
     def _run(self) -> None:
