@@ -59,6 +59,17 @@ POOLS: dict[str, tuple[Words, int, dict[str, object]]] = {
 }
 """What clients say, on how many connections, in a pool with these options."""
 
+ONCE_WRONG = [
+    [["cycle 'a' select * from nowhere", "cycle 'a' close h"]],
+    [["cycle 'a' deallocate all", "cycle 'a' close h"]],
+    [["Query discard all", "cycle 'a' insert into fuzz values (1)", "Parse 'b' select 1"]],
+    [
+        ["cycle 'b' drop table t", "Parse 'c' copy (select 1, 'x') to stdout"],
+        ["Bind '' '' ('1',)", "cycle 'a' show timezone", "cycle 'b' begin"],
+    ],
+]
+"""Found by hypothesis, and mended."""
+
 
 @pytest.mark.parametrize("name", POOLS)
 def test_client_is_answered_as_on_a_direct_connection(postgres: EmbeddedPostgres, name: str):
@@ -98,6 +109,9 @@ def test_client_is_answered_as_on_a_direct_connection(postgres: EmbeddedPostgres
                 control.rows("truncate fuzz")
                 forget_all(sidecar)
 
+        if words is WITH_STATE:
+            for units in ONCE_WRONG:
+                check.hypothesis.inner_test(stream=Stream(units, []))  # type: ignore[attr-defined]
         check()
 
 

@@ -198,6 +198,11 @@ CONVERSATIONS: dict[str, list[Step]] = {
             + (parse("select 1", "a") + bind(name="a") + execute() + SYNC),
             2,
         ),
+        (
+            (parse("deallocate all", "c") + describe("S", "c") + bind(name="c") + execute() + SYNC)
+            + (parse("select 3", "c") + describe("S", "c") + bind(name="c") + execute() + SYNC),
+            2,
+        ),
         (close("S", "b") + SYNC + parse("select 2", "b") + SYNC + close("S", "b") + SYNC, 3),
     ],
     "a text that is not prepared after all": [

@@ -173,7 +173,7 @@ class Client:
         message = Message(chr(head[0]), self._take(length - 4))
         if message.kind == "S":
             name, value, _ = message.body.split(b"\0")
-            self.parameters[name.decode()] = value.decode()
+            self.parameters[name.decode(errors="replace")] = value.decode(errors="replace")
         elif message.kind == "K":
             self.pid, self.secret = struct.unpack("!I", message.body[:4])[0], message.body[4:]
         return message

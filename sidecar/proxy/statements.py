@@ -124,9 +124,9 @@ class Statements:
             self._named[name] = statement
             server.expected.append(m.PARSE)
             return
-        if server.undo or server.undoes:
-            self._await_outcome(server, name, statement, data, pos)
         before = self._named.get(name)
+        if server.undo or server.undoes:
+            self._await_outcome(server, name, before or statement, data, pos)
         if before is not None:
             # The server must refuse this as on a direct connection (42P05): have it try.
             before = self._ensure(server, name, before, data, pos)
@@ -222,14 +222,14 @@ class Statements:
             return
         name = data[start:stop]
         statement = self._named.get(name)
+        if self._renames and (server.undo or server.undoes):
+            self._await_outcome(server, name, statement, data, pos)
         if statement is not None:
             self.operation = statement.query.operation
             if statement.query.effects:
                 suspect(server, statement.query)
         if not self._renames:
             return
-        if server.undo or server.undoes:
-            self._await_outcome(server, name, statement, data, pos)
         if statement is not None:
             if statement.is_stale:
                 # as on a connection of the client's own, it fails until it is prepared anew
