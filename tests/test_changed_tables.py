@@ -133,6 +133,22 @@ def test_what_is_pipelined_behind_it_is_skipped(table) -> None:
         assert table.psql("select string_agg(a::text, ',' order by a) from changed") == "1,8"
 
 
+def test_statement_that_runs_another_has_that_ones_columns(table) -> None:
+    """FETCH, by a name that is another cursor's each time: PostgreSQL does not mind."""
+    with ExitStack() as stack:
+        sidecar = stack.enter_context(Sidecar(table, max_size=2, min_idle=2))
+        client = stack.enter_context(sidecar.login())
+        client.rows("begin; declare c cursor for select 1 as a")
+        assert "E" not in kinds(client.ask(parse("fetch all from c", "f") + SYNC))
+        assert kinds(client.ask(bind(name="f") + execute() + SYNC)) == "2DCZ"
+        backend = client.value("select pg_backend_pid()")
+        client.rows("commit")
+        on_another(sidecar, stack, backend)
+        client.rows("begin; declare c cursor for select 'x' as b, 2 as c")
+        assert kinds(client.ask(bind(name="f") + execute() + SYNC)) == "2DCZ"
+        client.rows("commit")
+
+
 def test_statement_whose_columns_stay_goes_on(table) -> None:
     """Another connection, another index: nothing that the client was told has changed."""
     with ExitStack() as stack:
