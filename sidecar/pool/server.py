@@ -96,6 +96,7 @@ class ServerConnection:
         "settings",
         "state",
         "status_since",
+        "taken",
         "target",
         "tls_version",
         "traffic",
@@ -142,6 +143,7 @@ class ServerConnection:
         self.expected: deque[int] = deque()  # replies owed, see proxy.relay
         self.automatic = 0  # of them without a reply of the server's own
         self.undo: deque[Any] = deque()
+        self.taken: deque[bytes] = deque()  # names of the client's, of Parses that must be refused
         self.described: deque[Any] = (
             deque()
         )  # proxy.prepared.Prepared, of our Describes that are owed

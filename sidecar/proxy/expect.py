@@ -76,6 +76,8 @@ def skip_to_sync(server: ServerConnection) -> int:
             queries += 1
         elif code in _WITH_UNDO:
             skipped.append((code, server.undo.popleft()))
+        elif code == PARSE_TAKEN:
+            server.taken.popleft()
         elif code == OUR_DESCRIBE:
             server.described.popleft()
     for code, undo in reversed(skipped):  # what was done last is undone first

@@ -14,6 +14,7 @@ from sidecar.pool.server import ServerConnection
 from sidecar.protocol import messages as m
 from sidecar.proxy import expect
 from sidecar.proxy.limits import QUERY_HINT
+from sidecar.proxy.policy import name_is_taken
 from sidecar.proxy.prepared import Prepared, shape
 from sidecar.proxy.requests import Requests
 from sidecar.sql import LOAD, SETTING, UNDO, UNNAMED
@@ -201,7 +202,7 @@ class Replies:
                     self._error(server, refusal[5:], now, ErrorOrigin.SIDECAR)
                 else:
                     if expected and expected[0] == expect.PARSE_TAKEN:
-                        self._name_taken(data, pos, end)
+                        self._name_taken(server, data, pos, end)
                     self._error(server, data[pos + 5 : end], now, ErrorOrigin.SERVER)
                     if self.why_cancelled and end <= size:
                         self._say_why(data, pos, end)
@@ -291,10 +292,10 @@ class Replies:
         self._start = end
         return out
 
-    def _name_taken(self, data: bytes, pos: int, end: int) -> None:
+    def _name_taken(self, server: ServerConnection, data: bytes, pos: int, end: int) -> None:
         """The server's error has our name of the statement, the client shall see its own."""
         if m.sqlstate_of(data[pos + 5 : end]) == "42P05":
-            self._cut(data, pos, end).append(self._requests.refusal)
+            self._cut(data, pos, end).append(name_is_taken(server.taken[0]))
 
     def _say_why(self, data: bytes, pos: int, end: int) -> None:
         """In the server's "canceling statement due to user request"."""
