@@ -10,6 +10,7 @@ import pytest
 
 from sidecar.demo.postgres import EmbeddedPostgres
 from sidecar.events import PinReason
+from tests import wire
 from tests.sidecar_process import MakeProcess, MakeService, ServiceHere
 
 
@@ -423,3 +424,20 @@ def test_sql_can_deallocate_what_the_protocol_prepared(
         assert failed.error_field(psycopg.pq.DiagnosticField.SQLSTATE) == b"25P02"
         other.execute("ROLLBACK")
         assert other.pgconn.exec_prepared(b"S_1", []).get_value(0, 0) == b"5"
+
+
+def test_each_of_several_refusals_tells_its_own_reason(postgres: EmbeddedPostgres) -> None:
+    """In one write, before the server has said anything; one that an error skips says nothing."""
+    with wire.Sidecar(postgres, max_size=1, pin="refuse") as sidecar, sidecar.login() as client:
+        extended = wire.parse("load 'plpgsql'") + wire.parse("listen b") + wire.SYNC
+        client.send(wire.query("listen a"), wire.query("create temp table t (a int)"), extended)
+        client.send(
+            wire.parse("set role pg_monitor") + wire.SYNC, wire.query("prepare p as select 1")
+        )
+        answers = client.until_ready(5)
+        assert wire.kinds(answers) == "EZ" * 5
+        told = [message.fields["M"] for message in answers if message.kind == "E"]
+        reasons = ["(listen)", "(temp_table)", "(set)", "(set)", "(prepare)"]
+        assert [reason in text for reason, text in zip(reasons, told, strict=True)] == [True] * 5
+        assert client.value("select 1") == "1"
+        sidecar.until_whole(clients=1)

@@ -92,11 +92,11 @@ class ServerConnection:
         "query_is_slow",
         "query_started",
         "receiver",
+        "refusals",
         "secret",
         "settings",
         "state",
         "status_since",
-        "taken",
         "target",
         "tls_version",
         "traffic",
@@ -143,7 +143,7 @@ class ServerConnection:
         self.expected: deque[int] = deque()  # replies owed, see proxy.relay
         self.automatic = 0  # of them without a reply of the server's own
         self.undo: deque[Any] = deque()
-        self.taken: deque[bytes] = deque()  # names of the client's, of Parses that must be refused
+        self.refusals: deque[bytes] = deque()  # errors of ours, for what the server must refuse
         self.described: deque[Any] = (
             deque()
         )  # proxy.prepared.Prepared, of our Describes that are owed

@@ -33,6 +33,7 @@ OUR_DESCRIBE: Final = 15  # of a named statement, behind its Parse
 LAST: Final = 15
 
 REFUSED: Final = (REFUSED_QUERY, REFUSED_PARSE)
+_WITH_REFUSAL: Final = (*REFUSED, PARSE_TAKEN)
 
 _WITH_UNDO: Final = frozenset({FAKE_PARSE, PARSE_NAMED, CLOSE_NAMED, OUR_PARSE, OUR_CLOSE})
 
@@ -74,10 +75,10 @@ def skip_to_sync(server: ServerConnection) -> int:
             server.automatic -= 1
         if code in (m.EXECUTE, m.QUERY, m.FUNCTION_CALL, REFUSED_QUERY):
             queries += 1
-        elif code in _WITH_UNDO:
+        if code in _WITH_UNDO:
             skipped.append((code, server.undo.popleft()))
-        elif code == PARSE_TAKEN:
-            server.taken.popleft()
+        elif code in _WITH_REFUSAL:
+            server.refusals.popleft()
         elif code == OUR_DESCRIBE:
             server.described.popleft()
     for code, undo in reversed(skipped):  # what was done last is undone first

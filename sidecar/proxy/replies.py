@@ -14,7 +14,6 @@ from sidecar.pool.server import ServerConnection
 from sidecar.protocol import messages as m
 from sidecar.proxy import expect
 from sidecar.proxy.limits import QUERY_HINT
-from sidecar.proxy.policy import name_is_taken
 from sidecar.proxy.prepared import Prepared, shape
 from sidecar.proxy.requests import Requests
 from sidecar.sql import LOAD, SETTING, UNDO, UNNAMED
@@ -196,16 +195,7 @@ class Replies:
                 else:
                     self._parsed(server, data, pos, end)
             elif kind == m.ERROR_RESPONSE:
-                if expected and expected[0] in expect.REFUSED:
-                    refusal = self._requests.refusal
-                    self._cut(data, pos, end).append(refusal)
-                    self._error(server, refusal[5:], now, ErrorOrigin.SIDECAR)
-                else:
-                    if expected and expected[0] == expect.PARSE_TAKEN:
-                        self._name_taken(server, data, pos, end)
-                    self._error(server, data[pos + 5 : end], now, ErrorOrigin.SERVER)
-                    if self.why_cancelled and end <= size:
-                        self._say_why(data, pos, end)
+                self._failed(server, data, pos, end, now)
             elif kind == m.CLOSE_COMPLETE:
                 self._closed(server, data, pos, end)
             elif kind == m.EMPTY_QUERY_RESPONSE or kind == m.PORTAL_SUSPENDED:
@@ -292,10 +282,26 @@ class Replies:
         self._start = end
         return out
 
+    def _failed(
+        self, server: ServerConnection, data: bytes, pos: int, end: int, now: float
+    ) -> None:
+        """ErrorResponse: in the words of the server, or in ours where we made it fail."""
+        head = server.expected[0] if server.expected else 0
+        if head in expect.REFUSED:
+            refusal = server.refusals[0]
+            self._cut(data, pos, end).append(refusal)
+            self._error(server, refusal[5:], now, ErrorOrigin.SIDECAR)
+            return
+        if head == expect.PARSE_TAKEN:
+            self._name_taken(server, data, pos, end)
+        self._error(server, data[pos + 5 : end], now, ErrorOrigin.SERVER)
+        if self.why_cancelled and end <= len(data):
+            self._say_why(data, pos, end)
+
     def _name_taken(self, server: ServerConnection, data: bytes, pos: int, end: int) -> None:
         """The server's error has our name of the statement, the client shall see its own."""
         if m.sqlstate_of(data[pos + 5 : end]) == "42P05":
-            self._cut(data, pos, end).append(name_is_taken(server.taken[0]))
+            self._cut(data, pos, end).append(server.refusals[0])
 
     def _say_why(self, data: bytes, pos: int, end: int) -> None:
         """In the server's "canceling statement due to user request"."""
@@ -392,6 +398,8 @@ class Replies:
             or head == expect.DEALLOCATED
         ):
             self._query_done(server, now)
+            if head == expect.REFUSED_QUERY:
+                server.refusals.popleft()
         elif head == expect.OUR_SYNC:
             self._requests.has_failed = server.cycle_failed
         elif head != m.SYNC:

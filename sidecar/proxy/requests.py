@@ -94,11 +94,6 @@ class Requests:
         self.passing = 0  # bytes of a message that are still to come
         self.wants_to_leave = False  # Terminate was seen
 
-    @property
-    def refusal(self) -> bytes:
-        """The ErrorResponse for what was refused last."""
-        return self._rewriter.refusal
-
     def begin_lease(self) -> None:
         self.statements.has_unnamed = False
         self._has_bound = False

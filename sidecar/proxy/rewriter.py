@@ -21,12 +21,11 @@ _REFUSED_PARSE: Final = m.parse(b"", _REFUSED + b"\0\0\0")
 class Rewriter:
     """The next write to the server. All positions are in the client's bytes, ``data``, and go up."""
 
-    __slots__ = ("_done", "pieces", "refusal")
+    __slots__ = ("_done", "pieces")
 
     def __init__(self) -> None:
         self.pieces: list[bytes] | None = None  # None: as the client has sent it
         self._done = 0  # up to here ``data`` is in the pieces, or left out
-        self.refusal = b""  # the ErrorResponse for what was refused last
 
     def insert(self, data: bytes, pos: int, piece: bytes) -> None:
         """Before what begins at ``pos``."""
@@ -48,7 +47,7 @@ class Rewriter:
         """``refusal``: the ErrorResponse that the client gets."""
         self.replace(data, pos, end, _REFUSED_QUERY)
         server.expected.append(expect.REFUSED_QUERY)
-        self.refusal = refusal
+        server.refusals.append(refusal)
 
     def refuse_parse(
         self, server: ServerConnection, data: bytes, pos: int, end: int, refusal: bytes
@@ -56,7 +55,7 @@ class Rewriter:
         """As ``refuse_query``, in the extended protocol: what follows is skipped up to Sync."""
         self.replace(data, pos, end, _REFUSED_PARSE)
         server.expected.append(expect.REFUSED_PARSE)
-        self.refusal = refusal
+        server.refusals.append(refusal)
 
     def take(self, data: bytes, end: int) -> bytes:
         """All of it, the rest of ``data`` up to ``end`` included."""
