@@ -59,6 +59,8 @@ class _Owner:
 class _FirstValue:
     """A receiver for the first column of the first row."""
 
+    application = ""
+
     def __init__(self) -> None:
         self._data = b""
         self.done: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()

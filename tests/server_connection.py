@@ -29,6 +29,8 @@ class Owner:
 class Reader:
     """Takes what the server says up to ReadyForQuery."""
 
+    application = ""
+
     def __init__(self) -> None:
         self._data = b""
         self.messages: asyncio.Future[list[Message]] = asyncio.get_running_loop().create_future()

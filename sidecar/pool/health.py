@@ -40,6 +40,8 @@ _BACKOFF_MOST = 5.0  # s: a server that is back is used within seconds
 class Check:
     """Sends queries on an unleased connection and waits for as many ReadyForQuery."""
 
+    application = ""
+
     def __init__(
         self,
         server: ServerConnection,

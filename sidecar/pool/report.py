@@ -131,8 +131,7 @@ def _by_application(active: Sequence[ServerConnection]) -> str:
 
 def _application(server: ServerConnection) -> str:
     """Of the client that has the connection; logins and checks, and who is gone, have none."""
-    carrier = getattr(server.receiver, "carrier", None)  # a relay's
-    return "" if carrier is None else str(carrier.application)
+    return "" if server.receiver is None else server.receiver.application
 
 
 def too_many_wait(config: PoolConfig, holders: str) -> PoolSaturated:

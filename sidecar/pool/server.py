@@ -34,6 +34,10 @@ _WHY_OVER: Final = {REPLACED: CloseReason.RECONNECT, KILLED: CloseReason.KILLED}
 class Receiver(Protocol):
     """Who gets what the server sends: a client's relay, or a check."""
 
+    @property
+    def application(self) -> str:
+        """The ``application_name`` of the client that has the connection; empty: none has."""
+
     def server_data(self, data: bytes) -> None: ...
 
     def server_lost(self) -> None:
@@ -138,15 +142,21 @@ class ServerConnection:
         self.leased_at = 0.0
         self.deadline = 0.0  # of a check or of closing
         self.status_since = 0.0  # last ReadyForQuery
+        self._buffer = b""  # of an unfinished message that nobody asked for
+        self._closed = False
+        # The rest are books that the proxy keeps with the connection (``expect``, ``prepared``,
+        # ``settings``, ``pins``); the pool reads and clears some. ``Any`` is a type of the proxy's,
+        # which the pool must not import. Books of a class of their own would be typed no better,
+        # and each of about twenty reads per query would be two.
+        #
         # what the server is doing
         self.tx_status = m.IDLE
-        self.expected: deque[int] = deque()  # replies owed, see proxy.relay
+        self.expected: deque[int] = deque()  # replies owed, see proxy.expect
         self.automatic = 0  # of them without a reply of the server's own
-        self.undo: deque[Any] = deque()
+        self.undo: deque[Any] = deque()  # proxy.expect.Undo, of what changed ``prepared``
         self.refusals: deque[bytes] = deque()  # errors of ours, for what the server must refuse
-        self.described: deque[Any] = (
-            deque()
-        )  # proxy.prepared.Prepared, of our Describes that are owed
+        # proxy.prepared.Prepared, of our Describes that are owed
+        self.described: deque[Any] = deque()
         self.operations: deque[int] = deque()  # of the queries that run or are queued
         self.query_started = 0.0  # of the first of them
         self.query_is_slow = False
@@ -162,16 +172,13 @@ class ServerConnection:
         self.lacks: Mapping[bytes, bytes] = {}  # of its client's settings, since a RESET
         self.is_dirty = False
         self.undoes = False  # what is under way may be DEALLOCATE ALL
-        self.is_odd = (
-            False  # other settings than its client's may be in force, for this transaction
-        )
+        # other settings than its client's may be in force, for this transaction
+        self.is_odd = False
         self.effects = 0  # what a client may have left behind, see sql
         self.asked = 0  # of them, what the server has said is there
         self.custom_settings: frozenset[bytes] = frozenset()  # set, and listed by no server
         self.pin: PinReason | None = None  # what keeps the lease beyond the transaction
         self.pinned_at = 0.0
-        self._buffer = b""  # of an unfinished message that nobody asked for
-        self._closed = False
 
     def __repr__(self) -> str:
         return f"<ServerConnection pid={self.pid} {self.state.name.lower()} {chr(self.tx_status)}>"

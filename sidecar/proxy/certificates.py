@@ -94,9 +94,8 @@ def _no_passphrase() -> str:
 
 
 def _explained(exc: ssl.SSLError | ValueError, path: str, key: str | None) -> str:
-    where = (
-        f"listen.tls_cert_file: {path}" if key is None else f"listen.tls_key_file: {key}"
-    )  # the certificate itself has been read
+    # with a key, the certificate itself has been read
+    where = f"listen.tls_cert_file: {path}" if key is None else f"listen.tls_key_file: {key}"
     if not isinstance(exc, ssl.SSLError):
         return f"{where}: {exc}"
     if exc.reason == "KEY_VALUES_MISMATCH":

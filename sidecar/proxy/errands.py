@@ -137,9 +137,8 @@ class Errands:
             return True
         self.is_holding = True
         self._rest = data
-        self._replies.is_at_rest = (
-            False  # the reply to our SET is owed, should the client leave now
-        )
+        # the reply to our SET is owed, should the client leave now
+        self._replies.is_at_rest = False
         return False
 
     def set_back(self, host: Host, server: ServerConnection, data: bytes, now: float) -> None:

@@ -27,6 +27,8 @@ class Greeting:
     ends whatever is under way.
     """
 
+    application = ""  # not the client's yet
+
     def __init__(self, pool: Pool, carrier: Carrier, who: str, acquire_timeout: float) -> None:
         """``who``: for people who ask what holds the pool. ``acquire_timeout`` in seconds."""
         self._pool: Final = pool

@@ -261,6 +261,8 @@ class Answer:
 class _Reader:
     """A receiver for the answer."""
 
+    application = ""
+
     def __init__(self, server: ServerConnection) -> None:
         self._server = server
         self._data = b""

@@ -122,6 +122,10 @@ class Relay:
     def acquire_timeout(self) -> float:
         return self.limits.acquire
 
+    @property
+    def application(self) -> str:
+        return self.carrier.application
+
     # -- the client's socket -------------------------------------------------------------------
 
     def connection_made(self, transport: Any) -> None:
@@ -246,12 +250,11 @@ class Relay:
         except PoolError as exc:
             self._refuse_cycle(exc, data, pos)
             return False
-        data = data[pos:]
         if server is None:
             self.is_waiting = True
-            self._hold_back(data)
+            self._hold_back(data[pos:])
         else:
-            self._attach(server, data, now)
+            self._attach(server, data[pos:], now)
         return True
 
     def _hold_back(self, data: bytes) -> None:
@@ -395,8 +398,7 @@ class Relay:
         requests.awaits_sync = False
         if requests.has_failed:
             self._unleased.ignore_to_sync()
-        data = self.take_held_back()
-        if data:
+        if data := self.take_held_back():
             self.begin(data)
 
     def leave(self, server: ServerConnection, reason: CloseReason, now: float) -> None:
@@ -474,9 +476,8 @@ class Relay:
     def kill(self) -> None:
         """An administrator ends it, whatever it does, and its server connection."""
         self.end(_KILLED)
-        server = self.server
-        if server is not None:
-            self.leave(server, CloseReason.KILLED, clock())
+        if self.server is not None:
+            self.leave(self.server, CloseReason.KILLED, clock())
         if self.is_write_paused:
             self.transport.abort()  # it does not read: it would stay for ever
 
@@ -496,4 +497,4 @@ class Relay:
         self.close()
 
     def describe(self, now: float) -> str:
-        return self.client.describe(self.carrier.application, self.server, now)
+        return self.client.describe(self.application, self.server, now)

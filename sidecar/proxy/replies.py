@@ -66,6 +66,15 @@ def status_of(body: bytes) -> bytes:
     return body
 
 
+def _waits_for_more(server: ServerConnection, kind: int, length: int, come: int) -> bool:
+    """Whether a message of which ``come`` bytes are there is kept; else it is passed on in pieces."""
+    if length >= _LONGEST or kind not in _KNOWN:
+        raise ServerProtocolError(f"invalid message from the server: type {kind} of {length} bytes")
+    expected = server.expected
+    is_needed = kind not in _STREAMED or (expected and expected[0] == expect.OUR_DESCRIBE)
+    return bool(is_needed) and come < _HELD
+
+
 class Replies:
     """The replies to one client."""
 
@@ -158,15 +167,8 @@ class Replies:
             if kind == m.DATA_ROW:
                 pos = end
                 continue
-            if end > size:
-                if length >= _LONGEST or kind not in _KNOWN:
-                    raise ServerProtocolError(
-                        f"invalid message from the server: type {kind} of {length} bytes"
-                    )
-                if (
-                    kind not in _STREAMED or (expected and expected[0] == expect.OUR_DESCRIBE)
-                ) and size - pos < _HELD:
-                    break
+            if end > size and _waits_for_more(server, kind, length, size - pos):
+                break
             if kind == m.COMMAND_COMPLETE:
                 self._complete(server, data, pos + 5, now)
             elif kind == m.READY_FOR_QUERY:
@@ -333,9 +335,8 @@ class Replies:
         if first == 0x52:  # R
             self._has_rolled_back = data.startswith(b"ROLLBACK\0", tag)
             if data.startswith(b"RESET\0", tag):
-                self.values.append(
-                    RESET
-                )  # the server is asked what is left of what we carried over
+                # the server is asked what is left of what we carried over
+                self.values.append(RESET)
         elif first == 0x43:  # C
             self._has_rolled_back = False
             if data.startswith(b"CREATE VIEW\0", tag):  # OR REPLACE, perhaps

@@ -139,20 +139,8 @@ class Requests:
             end = pos + 1 + length
             if end > size or length < 4 or kind not in _KNOWN:
                 check_header(kind, length)
-                if size - pos < INSPECTED and kind != m.COPY_DATA:
+                if self._waits_for_more(server, kind, length, data, pos, size):
                     break
-                if kind == m.PARSE and self._renames:
-                    if length <= MAX_STATEMENT:
-                        break
-                    if data[pos + 5] != 0:
-                        raise ClientProtocolError(
-                            f"named statement of {length} bytes; at most {MAX_STATEMENT} are allowed",
-                            sqlstate="54000",
-                        )
-                if kind in (m.QUERY, m.PARSE):
-                    # its end is not looked at: anything may be in it
-                    server.is_dirty = True
-                    server.effects |= UNKNOWN
             if server.is_skipping and kind != m.SYNC and kind != m.TERMINATE:
                 pass  # the server ignores it, after an error
             elif kind == m.QUERY:
@@ -199,6 +187,26 @@ class Requests:
                 break
             pos = end
         return pos
+
+    def _waits_for_more(
+        self, server: ServerConnection, kind: int, length: int, data: bytes, pos: int, size: int
+    ) -> bool:
+        """Whether a message that goes on beyond ``size`` is kept; else it is passed on in pieces."""
+        if size - pos < INSPECTED and kind != m.COPY_DATA:
+            return True
+        if kind == m.PARSE and self._renames:
+            if length <= MAX_STATEMENT:
+                return True
+            if data[pos + 5] != 0:
+                raise ClientProtocolError(
+                    f"named statement of {length} bytes; at most {MAX_STATEMENT} are allowed",
+                    sqlstate="54000",
+                )
+        if kind in (m.QUERY, m.PARSE):
+            # its end is not looked at: anything may be in it
+            server.is_dirty = True
+            server.effects |= UNKNOWN
+        return False
 
     def _sync(self, server: ServerConnection, data: bytes, pos: int, end: int) -> None:
         """A client that prepares and flushes (asyncpg's ``prepare``) may come back in an hour.

@@ -71,9 +71,8 @@ class Statements:
         self.operation = int(Operation.OTHER)  # of the last Bind
         self.dialect = b""  # of the client's settings
         self.awaits_outcome = False  # of earlier cycles, and what depends on it waits
-        self.awaits_check: Prepared | None = (
-            None  # our Describe of it is on its way: what uses it waits
-        )
+        # our Describe of it is on its way: what uses it waits
+        self.awaits_check: Prepared | None = None
 
     def __len__(self) -> int:
         """Those that the client has names for."""

@@ -169,10 +169,8 @@ class TlsTransport:
     def connection_lost(self, exc: Exception | None) -> None:
         self._is_lost = self._is_closing = True
         self._notify()
-        protocol, self._protocol = (
-            self._protocol,
-            None,
-        )  # no circle is left, so OpenSSL's part is freed
+        # no circle is left, so OpenSSL's part is freed
+        protocol, self._protocol = self._protocol, None
         protocol.connection_lost(exc)
 
     def pause_writing(self) -> None:
