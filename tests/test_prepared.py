@@ -544,10 +544,17 @@ def test_a_text_that_was_parsed_by_other_settings_is_not_shared(postgres, odd):
         sidecar.until_whole()
 
 
-def test_name_that_is_taken_is_told_as_the_client_spells_it(postgres):
-    with Sidecar(postgres, max_size=1) as sidecar:
+@pytest.mark.parametrize("name", ["mine", r"\1 ü", "pgsidecar_1"])
+def test_name_that_is_taken_is_told_as_the_client_spells_it(postgres, name):
+    """All else of the error is the server's own."""
+    steps = [parse(text, name) + SYNC for text in ("select 1", "select 2", "select pgsidecar_1")]
+    address = (postgres.host, postgres.port)
+    with (
+        Client.login(address, postgres.user, postgres.database) as direct,
+        Sidecar(postgres, max_size=1) as sidecar,
+    ):
         with sidecar.login() as client:
-            client.ask(parse("select 1", "mine") + SYNC)
-            told = error(client.ask(parse("select 2", "mine") + SYNC))
-            assert (told["C"], told["M"]) == ("42P05", 'prepared statement "mine" already exists')
+            told = [client.ask(step) for step in steps]
+            assert told == [direct.ask(step) for step in steps]
+            assert error(told[1])["M"] == f'prepared statement "{name}" already exists'
         sidecar.until_whole()

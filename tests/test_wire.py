@@ -14,7 +14,7 @@ from typing import Any
 import asyncpg
 import psycopg
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sidecar.demo.postgres import EmbeddedPostgres
@@ -683,6 +683,7 @@ async def test_asyncpg_finds_the_same(database, sidecar, cached):
 def test_conversations_all_at_once_are_the_same(database, sidecar):
     """Nobody waits for an answer: several conversations in one go, cut anywhere."""
 
+    @example(["a text in a failed transaction"] * 2, [])  # names that are taken
     @settings(max_examples=40, deadline=None)
     @given(
         st.lists(st.sampled_from(sorted(SMALL)), min_size=1, max_size=6),

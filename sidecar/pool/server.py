@@ -154,7 +154,8 @@ class ServerConnection:
         self.expected: deque[int] = deque()  # replies owed, see proxy.expect
         self.automatic = 0  # of them without a reply of the server's own
         self.undo: deque[Any] = deque()  # proxy.expect.Undo, of what changed ``prepared``
-        self.refusals: deque[bytes] = deque()  # errors of ours, for what the server must refuse
+        # for what the server must refuse: errors of ours, names of the client's for its own
+        self.refusals: deque[bytes] = deque()
         # proxy.prepared.Prepared, of our Describes that are owed
         self.described: deque[Any] = deque()
         self.operations: deque[int] = deque()  # of the queries that run or are queued

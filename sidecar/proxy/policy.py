@@ -26,11 +26,6 @@ STALE_PLAN: Final = m.error_response("ERROR", _SQLSTATE, "cached plan must not c
 """PostgreSQL's words (plancache.c)."""
 
 
-def name_is_taken(name: bytes) -> bytes:
-    shown = name.decode("utf-8", "replace")
-    return m.error_response("ERROR", "42P05", f'prepared statement "{shown}" already exists')
-
-
 class Policy:
     """What the statements of one client may not do."""
 

@@ -14,7 +14,7 @@ from sidecar.pool.server import ServerConnection
 from sidecar.protocol import messages as m
 from sidecar.proxy import expect
 from sidecar.proxy.limits import QUERY_HINT
-from sidecar.proxy.prepared import Prepared, shape
+from sidecar.proxy.prepared import PREFIX, Prepared, shape
 from sidecar.proxy.requests import Requests
 from sidecar.sql import LOAD, SETTING, UNDO, UNNAMED
 
@@ -302,8 +302,11 @@ class Replies:
 
     def _name_taken(self, server: ServerConnection, data: bytes, pos: int, end: int) -> None:
         """The server's error has our name of the statement, the client shall see its own."""
-        if m.sqlstate_of(data[pos + 5 : end]) == "42P05":
-            self._cut(data, pos, end).append(server.refusals[0])
+        body = data[pos + 5 : end]
+        if m.sqlstate_of(body) == "42P05":
+            before, _, after = body.partition(PREFIX)
+            told = before + server.refusals[0] + after.lstrip(b"0123456789")
+            self._cut(data, pos, end).append(m.message(m.ERROR_RESPONSE, told))
 
     def _say_why(self, data: bytes, pos: int, end: int) -> None:
         """In the server's "canceling statement due to user request"."""

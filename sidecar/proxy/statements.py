@@ -134,7 +134,7 @@ class Statements:
             before = self._ensure(server, name, before, data, pos)
             self._rewriter.replace(data, pos, end, m.parse(before.name, definition))
             server.expected.append(expect.PARSE_TAKEN)
-            server.refusals.append(policy.name_is_taken(name))
+            server.refusals.append(name)
             return
         is_new = not prepared.touch(server, statement)
         if not is_new and not server.copy_in:
@@ -144,7 +144,7 @@ class Statements:
                 # The server has to refuse it (25P02), as on a direct connection.
                 self._rewriter.replace(data, pos, end, statement.parse)
                 server.expected.append(expect.PARSE_TAKEN)
-                server.refusals.append(policy.name_is_taken(name))
+                server.refusals.append(name)
                 return
         self._named[name] = statement
         if not is_new:
