@@ -1,11 +1,9 @@
 """What real drivers and a real server say, recorded through a sidecar, and mutants of it."""
 
 import asyncio
-import socket
 import struct
-import threading
 from dataclasses import dataclass, field
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import asyncpg
 import psycopg
@@ -13,7 +11,7 @@ from hypothesis import strategies as st
 
 from sidecar.demo.postgres import EmbeddedPostgres
 from sidecar.protocol import messages as m
-from tests.server_connection import Tap, _pass
+from tests.tap import Tap
 from tests.wire import COPY_DONE, SYNC, Client, Sidecar, bind, copy_data, execute, parse, query, run
 
 # -- recording -----------------------------------------------------------------------------------
@@ -58,27 +56,10 @@ class Recorder(Tap):
         super().__init__(to)
         self.recordings: list[Recording] = []
 
-    def __enter__(self) -> Self:
-        super().__enter__()
-        return self
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._socket.accept()
-            except OSError:
-                return
-            server = socket.create_connection(("127.0.0.1", self._to))
-            self._sockets += [client, server]
-            recording = Recording()
-            self.recordings.append(recording)
-            for source, sink, kept in (
-                (client, server, recording.said),
-                (server, client, recording.answered),
-            ):
-                thread = threading.Thread(target=_pass, args=(source, sink, kept, {}), daemon=True)
-                thread.start()
-                self._threads.append(thread)
+    def books(self) -> tuple[list[bytes], list[bytes]]:
+        recording = Recording()
+        self.recordings.append(recording)
+        return recording.said, recording.answered
 
 
 class Recordings(NamedTuple):

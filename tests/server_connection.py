@@ -1,10 +1,8 @@
 """Server connections without a pool, for tests of how they are made."""
 
 import asyncio
-import socket
-import threading
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from sidecar.dsn import parse_dsn
@@ -103,65 +101,3 @@ async def refused(dsn: str, kind: type[Exception], *, within: float = PATIENCE) 
             raise AssertionError(f"let in at {server.address}, TLS {server.tls_version!r}")
     except kind as exc:
         return exc
-
-
-class Tap:
-    """Passes bytes on to a port, and keeps what clients said. What the server says can be changed."""
-
-    def __init__(self, to: int, instead: Mapping[bytes, bytes] | None = None) -> None:
-        self._to = to
-        self._instead = instead or {}
-        self.seen: list[bytes] = []
-        self._sockets: list[socket.socket] = []
-
-    def __enter__(self) -> "Tap":
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.port = self._socket.getsockname()[1]
-        self._threads = [threading.Thread(target=self._accept, daemon=True)]
-        self._threads[0].start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for each in (self._socket, *self._sockets):
-            end(each)
-        for thread in self._threads:
-            thread.join(5)
-        for each in (self._socket, *self._sockets):
-            each.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._socket.accept()
-            except OSError:
-                return
-            server = socket.create_connection(("127.0.0.1", self._to))
-            self._sockets += [client, server]
-            there = threading.Thread(target=_pass, args=(client, server, self.seen, {}))
-            back = threading.Thread(target=_pass, args=(server, client, [], self._instead))
-            for thread in (there, back):
-                thread.daemon = True
-                thread.start()
-                self._threads.append(thread)
-
-
-def end(sock: socket.socket) -> None:
-    """Wake who waits for it."""
-    try:
-        sock.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass  # it has ended already
-
-
-def _pass(
-    source: socket.socket, sink: socket.socket, seen: list[bytes], instead: Mapping[bytes, bytes]
-) -> None:
-    try:
-        while data := source.recv(65536):
-            seen.append(data)
-            for old, new in instead.items():
-                data = data.replace(old, new)
-            sink.sendall(data)
-        sink.shutdown(socket.SHUT_WR)
-    except OSError:
-        pass  # the other direction ended it

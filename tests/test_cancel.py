@@ -14,6 +14,7 @@ import pytest
 
 from sidecar.demo.postgres import EmbeddedPostgres
 from tests.sidecar_process import PATIENCE, eventually
+from tests.tap import Tap
 from tests.wire import SYNC, Client, Sidecar, bind, error, execute, kinds, parse, query, run
 
 LONG = "select pg_sleep(60)"
@@ -107,23 +108,30 @@ def test_interrupt_of_psql_cancels(postgres, sidecar):
     sidecar.until_whole()
 
 
+def check_cancel_safe(
+    postgres: EmbeddedPostgres, connection: psycopg.Connection[tuple[object, ...]]
+) -> None:
+    """libpq's own cancel request, from another thread, ends the query that runs."""
+    failed: list[str | None] = []
+
+    def work() -> None:
+        try:
+            connection.execute(LONG)
+        except psycopg.Error as exc:
+            failed.append(exc.sqlstate)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    until_running(postgres, LONG)
+    connection.cancel_safe()
+    thread.join(PATIENCE)
+    assert failed == ["57014"]
+
+
 def test_psycopg_cancels(postgres, sidecar):
     """Not with ``cancel()``: it keeps the sidecar, in this process, from running (psql's is the same)."""
     with psycopg.connect(sidecar.dsn(), autocommit=True) as connection:
-        failed: list[psycopg.Error] = []
-
-        def work() -> None:
-            try:
-                connection.execute(LONG)
-            except psycopg.Error as exc:
-                failed.append(exc)
-
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        until_running(postgres, LONG)
-        connection.cancel_safe()
-        thread.join(PATIENCE)
-        assert [exc.sqlstate for exc in failed] == ["57014"]
+        check_cancel_safe(postgres, connection)
         assert connection.execute("select 1").fetchone() == (1,)
     sidecar.until_whole()
 
@@ -268,88 +276,49 @@ def test_waiting_client_is_cancelled_out_of_the_queue(postgres):
 # -- only in time ------------------------------------------------------------------------------
 
 
-class SlowCancels:
+class SlowCancels(Tap):
     """A way to PostgreSQL on which cancel requests wait until they are let through."""
 
     def __init__(self, postgres: EmbeddedPostgres) -> None:
-        self._target = (postgres.host, postgres.port)
+        super().__init__(postgres.port)
         self.held = threading.Event()
         self.go = threading.Event()
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
-        self._sockets = [self._listener]
-        self._threads = [threading.Thread(target=self._accept, daemon=True)]
-        self._threads[0].start()
 
-    def _start(self, function, *arguments: object) -> None:
-        self._threads.append(threading.Thread(target=function, args=arguments, daemon=True))
-        self._threads[-1].start()
+    def __exit__(self, *exc: object) -> None:
+        self.go.set()
+        super().__exit__(*exc)
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            self._start(self._serve, client)
-
-    def _serve(self, client: socket.socket) -> None:
+    def serve(self, client: socket.socket) -> None:
         head = client.recv(8, socket.MSG_WAITALL)
         if struct.unpack("!II", head)[1] == 80877102:
             self.held.set()
             assert self.go.wait(PATIENCE)
-        server = socket.create_connection(self._target)
-        self._sockets += [client, server]
-        server.sendall(head)
-        self._start(self._pass_on, server, client)
-        self._pass_on(client, server)
-
-    @staticmethod
-    def _pass_on(source: socket.socket, target: socket.socket) -> None:
-        try:
-            while data := source.recv(65536):
-                target.sendall(data)
-            target.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass  # the other side is gone
-
-    def close(self) -> None:
-        self.go.set()
-        for each in self._sockets:
-            try:
-                each.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # it was closed already
-        for thread in self._threads:
-            thread.join(PATIENCE)
-        for each in self._sockets:
-            each.close()
+        self.pass_on(client, head)
 
 
 def test_late_cancel_hits_nobody(postgres):
     """The query has ended before the cancel arrives: until then nobody gets the connection, and who
     asked is not told that it has been done."""
-    way = SlowCancels(postgres)
-    try:
-        with Sidecar(postgres_on(way, postgres), max_size=1) as sidecar:
-            with sidecar.login() as client, sidecar.login() as other:
-                client.send(query("select pg_sleep(0.1)"))
-                sidecar.until(lambda: len(sidecar.pool.state.active) == 1, "it runs")
-                cancel = threading.Thread(target=client.cancel, daemon=True)
-                cancel.start()
-                assert way.held.wait(PATIENCE)
-                assert kinds(client.until_ready()) == "TDCZ"
-                other.send(query("select pg_sleep(0.2)"))
-                sidecar.until(lambda: len(sidecar.pool.state.waiters) == 1, "it waits")
-                assert cancel.is_alive()
-                assert not sidecar.pool.state.idle
-                way.go.set()
-                cancel.join(PATIENCE)
-                assert not cancel.is_alive()
-                assert kinds(other.until_ready()) == "TDCZ"
-            sidecar.until_whole()
-    finally:
-        way.close()
+    with (
+        SlowCancels(postgres) as way,
+        Sidecar(postgres_on(way, postgres), max_size=1) as sidecar,
+    ):
+        with sidecar.login() as client, sidecar.login() as other:
+            client.send(query("select pg_sleep(0.1)"))
+            sidecar.until(lambda: len(sidecar.pool.state.active) == 1, "it runs")
+            cancel = threading.Thread(target=client.cancel, daemon=True)
+            cancel.start()
+            assert way.held.wait(PATIENCE)
+            assert kinds(client.until_ready()) == "TDCZ"
+            other.send(query("select pg_sleep(0.2)"))
+            sidecar.until(lambda: len(sidecar.pool.state.waiters) == 1, "it waits")
+            assert cancel.is_alive()
+            assert not sidecar.pool.state.idle
+            way.go.set()
+            cancel.join(PATIENCE)
+            assert not cancel.is_alive()
+            assert kinds(other.until_ready()) == "TDCZ"
+        sidecar.until_whole()
 
 
 def postgres_on(way: SlowCancels, postgres: EmbeddedPostgres) -> EmbeddedPostgres:

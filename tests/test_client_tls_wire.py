@@ -20,7 +20,7 @@ from sidecar.protocol.authentication import ClientExchange, server_end_point
 from sidecar.proxy.tls import TlsTransport
 from tests.listener_files import ListenerFiles
 from tests.sidecar_process import PATIENCE, MakeService
-from tests.test_cancel import LONG, until_running
+from tests.test_cancel import LONG, check_cancel_safe, until_running
 from tests.wire import (
     GSSENC_REQUEST,
     SSL_REQUEST,
@@ -463,20 +463,7 @@ def test_libpq_cancels_by_tls(postgres, files, version):
             sslmode="verify-full", sslrootcert=files.root, max_protocol_version=version
         )
         with psycopg.connect(dsn, autocommit=True) as connection:
-            failed: list[psycopg.Error] = []
-
-            def work() -> None:
-                try:
-                    connection.execute(LONG)
-                except psycopg.Error as exc:
-                    failed.append(exc)
-
-            thread = threading.Thread(target=work, daemon=True)
-            thread.start()
-            until_running(postgres, LONG)
-            connection.cancel_safe()
-            thread.join(PATIENCE)
-            assert [exc.sqlstate for exc in failed] == ["57014"]
+            check_cancel_safe(postgres, connection)
         sidecar.until_whole()
 
 

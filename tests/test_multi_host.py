@@ -18,8 +18,9 @@ from sidecar.pool.link import Address
 from sidecar.pool.server import ServerConnection, cancel_query, clock
 from sidecar.protocol import messages as m
 from sidecar.target import Host
-from tests.server_connection import Reader, Tap, ask, opened, refused
+from tests.server_connection import Reader, ask, opened, refused
 from tests.sidecar_process import PATIENCE, come_true
+from tests.tap import Tap
 from tests.wire import error
 
 

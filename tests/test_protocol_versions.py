@@ -1,7 +1,6 @@
 """Protocol 3.0 and 3.2: what is agreed upon, and cancel keys. PostgreSQL 18 is asked what is right."""
 
 import socket
-import threading
 from collections.abc import Iterator
 
 import psycopg
@@ -9,7 +8,7 @@ import pytest
 
 from sidecar.demo.postgres import EmbeddedPostgres
 from sidecar.protocol import messages as m
-from tests.sidecar_process import PATIENCE
+from tests.tap import Tap, end
 from tests.wire import Client, Sidecar, error, kinds, query, startup
 
 
@@ -98,51 +97,22 @@ def test_server_gives_the_longest_keys_it_has(postgres18, sidecar):
         assert cancels(other, postgres16)
 
 
-class OldPooler:
+class OldPooler(Tap):
     """A way to PostgreSQL that knows protocol 3.0 only, and closes or complains about another."""
 
     def __init__(self, postgres: EmbeddedPostgres, answer: bytes) -> None:
+        super().__init__(postgres.port)
         self.refused = 0
-        self._server = (postgres.host, postgres.port)
         self._answer = answer
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
-    def _serve(self, client: socket.socket) -> None:
+    def serve(self, client: socket.socket) -> None:
         head = client.recv(8, socket.MSG_WAITALL)
         if head[4:6] == b"\0\3" and head[6:8] != b"\0\0":
             self.refused += 1
             client.sendall(self._answer)
-            client.close()
+            end(client)
             return
-        with client, socket.create_connection(self._server) as server:
-            server.sendall(head)
-            back = threading.Thread(target=self._pass_on, args=(server, client), daemon=True)
-            back.start()
-            self._pass_on(client, server)
-            back.join(PATIENCE)
-
-    @staticmethod
-    def _pass_on(source: socket.socket, target: socket.socket) -> None:
-        try:
-            while data := source.recv(65536):
-                target.sendall(data)
-            target.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass  # the other side is gone
-
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
+        self.pass_on(client, head)
 
 
 @pytest.mark.parametrize(
@@ -154,12 +124,9 @@ class OldPooler:
     ],
 )
 def test_server_that_knows_no_other_protocol_is_spoken_to_in_3_0(postgres18, answer):
-    pooler = OldPooler(postgres18, answer)
-    try:
+    with OldPooler(postgres18, answer) as pooler:
         dsn = postgres18.dsn(port=pooler.port, sslmode="disable")
         with Sidecar(pools={"main": {"dsn": dsn, "min_idle": 1}}) as sidecar:
             assert secret_sizes(sidecar) == {4}
             assert pooler.refused
             assert cancels(sidecar, postgres18)
-    finally:
-        pooler.close()

@@ -22,8 +22,9 @@ from sidecar.pool.server import cancel_query, clock
 from sidecar.protocol import messages as m
 from tests.certificates import Authority, Certificate, self_signed
 from tests.debian_postgres import TlsPostgres
-from tests.server_connection import Reader, Tap, ask, encryption, end, opened, refused
+from tests.server_connection import Reader, ask, encryption, opened, refused
 from tests.sidecar_process import PATIENCE
+from tests.tap import Tap, end
 from tests.wire import SSL_REQUEST, error
 
 pytestmark = pytest.mark.both_loops

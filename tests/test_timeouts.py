@@ -228,19 +228,18 @@ def test_client_that_does_not_read_its_rows_is_closed(
 def test_next_query_is_not_hit_instead(postgres: EmbeddedPostgres) -> None:
     """A query may end while its cancel request is under way: until that has arrived, the server does
     not see what its client asks next in the same transaction."""
-    way = SlowCancels(postgres)
-    try:
-        with sidecar_with(postgres_on(way, postgres), query_timeout="600ms") as sidecar:
-            client = sidecar.login()
-            client.ask(query("BEGIN"))
-            assert wire.kinds(client.ask(query("SELECT pg_sleep(0.75)"))) == "TDCZ"
-            assert way.held.is_set()
-            client.send(query("SELECT pg_sleep(0.3)"))
-            time.sleep(0.1)  # nothing to wait for: it must not have begun
-            way.go.set()
-            assert wire.kinds(client.until_ready()) == "TDCZ"
-    finally:
-        way.close()
+    with (
+        SlowCancels(postgres) as way,
+        sidecar_with(postgres_on(way, postgres), query_timeout="600ms") as sidecar,
+    ):
+        client = sidecar.login()
+        client.ask(query("BEGIN"))
+        assert wire.kinds(client.ask(query("SELECT pg_sleep(0.75)"))) == "TDCZ"
+        assert way.held.is_set()
+        client.send(query("SELECT pg_sleep(0.3)"))
+        time.sleep(0.1)  # nothing to wait for: it must not have begun
+        way.go.set()
+        assert wire.kinds(client.until_ready()) == "TDCZ"
 
 
 # -- transactions ----------------------------------------------------------------------------------

@@ -12,10 +12,11 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 from urllib.parse import quote
 
 import psycopg
+import psycopg2
 
 from sidecar.demo.postgres import EmbeddedPostgres
 from tests.sidecar_process import SidecarProcess, environment, eventually
@@ -50,6 +51,16 @@ class Address:
     def url_of(self, scheme: str) -> str:
         password = quote(self.password, safe="")
         return f"{scheme}://{self.user}:{password}@{self.host}:{self.port}/{self.database}"
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """For the keyword arguments of a driver; the database is called differently by each."""
+        return {
+            "host": self.host,
+            "port": self.port,
+            "user": self.user,
+            "password": self.password,
+        }
 
     @property
     def variables(self) -> dict[str, str]:
@@ -204,6 +215,15 @@ def same(place: Place, check: Callable[[Address], T]) -> T:
     found = check(place.through)
     assert found == expected
     return found
+
+
+def diagnosis(exc: psycopg.Error | psycopg2.Error) -> tuple[str | None, ...]:
+    """How the server has refused something, as libpq tells it."""
+    told = exc.diag
+    return (
+        *(type(exc).__name__, told.sqlstate, told.severity, told.message_primary),
+        *(told.message_detail, told.message_hint, told.statement_position, told.constraint_name),
+    )
 
 
 def wait_for_query(place: Place, text: str) -> None:

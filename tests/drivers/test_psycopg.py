@@ -18,7 +18,7 @@ from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 from psycopg.types.range import Range
 
-from tests.drivers.places import SIZE, Address, Place, same, wait_for_query
+from tests.drivers.places import SIZE, Address, Place, diagnosis, same, wait_for_query
 
 DRIVER = "psycopg 3"
 VERSION = psycopg.__version__
@@ -67,25 +67,15 @@ def refused(
     """How the server refuses the query."""
     with pytest.raises(psycopg.Error) as caught:
         conn.execute(query, parameters)
-    told = caught.value.diag
-    return (
-        *(type(caught.value).__name__, told.sqlstate, told.severity, told.message_primary),
-        *(told.message_detail, told.message_hint, told.statement_position, told.constraint_name),
-    )
+    return diagnosis(caught.value)
 
 
 def login(at: Address) -> object:
     """What the server says of itself and of the session, by URL, by keywords and with options."""
     seen: list[Any] = []
-    words: dict[str, Any] = {
-        "host": at.host,
-        "port": at.port,
-        "user": at.user,
-        "password": at.password,
-    }
     for conn in (
         psycopg.connect(at.url),
-        psycopg.connect(**words, dbname=at.database, application_name="by keywords"),
+        psycopg.connect(**at.words, dbname=at.database, application_name="by keywords"),
         psycopg.connect(at.url, options="-c timezone=Asia/Tokyo -c DateStyle=German"),
         psycopg.connect(at.url, client_encoding="LATIN1"),
     ):

@@ -14,7 +14,7 @@ import psycopg2.extras
 import psycopg2.pool
 import pytest
 
-from tests.drivers.places import SIZE, Address, Place, same, wait_for_query
+from tests.drivers.places import SIZE, Address, Place, diagnosis, same, wait_for_query
 
 DRIVER = "psycopg2"
 VERSION = importlib.metadata.version("psycopg2-binary")
@@ -39,24 +39,14 @@ def rows(conn: Any, query: str, parameters: Any = None) -> list[Any]:
 def refused(conn: Any, query: str, parameters: Any = None) -> tuple[Any, ...]:
     with pytest.raises(psycopg2.Error) as caught:
         rows(conn, query, parameters)
-    told = caught.value.diag
-    return (
-        *(type(caught.value).__name__, told.sqlstate, told.severity, told.message_primary),
-        *(told.message_detail, told.message_hint, told.statement_position, told.constraint_name),
-    )
+    return diagnosis(caught.value)
 
 
 def login(at: Address) -> object:
     seen: list[object] = []
-    words: dict[str, Any] = {
-        "host": at.host,
-        "port": at.port,
-        "user": at.user,
-        "password": at.password,
-    }
     for conn in (
         psycopg2.connect(at.url),
-        psycopg2.connect(**words, dbname=at.database, application_name="by keywords"),
+        psycopg2.connect(**at.words, dbname=at.database, application_name="by keywords"),
         psycopg2.connect(at.url, options="-c timezone=Asia/Tokyo -c work_mem=7MB"),
     ):
         names = (
