@@ -12,6 +12,7 @@ from setuptools import setup
 # What runs for every message or transaction. Not: exceptions (class attributes are overridden),
 # classes that need weak references, anything that runs once a connection.
 HOT_MODULES = [
+    "sidecar/work.py",
     "sidecar/events.py",
     "sidecar/sql.py",
     "sidecar/protocol/messages.py",

@@ -19,6 +19,7 @@ from sidecar.protocol.x509 import not_after
 from sidecar.proxy.certificates import read_identity
 from sidecar.proxy.credentials import first_line
 from sidecar.proxy.lookup import ask, auth_target
+from sidecar.work import Who
 
 _SOME_DATABASE = "postgres"
 """Where a template's user is tried: most servers have it."""
@@ -59,8 +60,6 @@ class _Owner:
 class _FirstValue:
     """A receiver for the first column of the first row."""
 
-    application = ""
-
     def __init__(self) -> None:
         self._data = b""
         self.done: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
@@ -81,6 +80,9 @@ class _FirstValue:
 
     def describe(self, now: float) -> str:
         return "the configuration check"
+
+    def who(self) -> Who:
+        return health.NOBODY
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:

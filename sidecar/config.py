@@ -161,6 +161,8 @@ class HttpConfig(Section):
     """Most HTTP connections at a time; further ones are refused."""
     access_log: Annotated[bool, BeforeValidator(flag)] = False
     """Whether each HTTP request is logged."""
+    token: Annotated[SecretStr | None, BeforeValidator(_none_if_empty)] = None
+    """What ``/api`` asks for as a bearer token; empty: clients on loopback only, without one."""
 
 
 class UserConfig(Section):
@@ -252,6 +254,13 @@ class PoolConfig(Section):
     """Most prepared statements kept on one server connection."""
     slow_query_threshold: Annotated[float, duration("1ms", "1d")] = 5.0
     """Seconds after which a query counts as slow."""
+    leak_threshold: Annotated[float, duration("0", "7d")] = 60.0
+    """Seconds after which a lease, or a transaction of a pinned or session-mode client, counts as a
+    leak; 0: none does."""
+    leak_action: Literal["report", "close"] = "report"
+    """What becomes of a leak: it is told, or its client is closed (25P04), too."""
+    diagnose: Annotated[bool, BeforeValidator(flag)] = True
+    """Whether the server is asked what a slow query waits for, on one connection beside the pool."""
 
     @field_validator("dsn")
     @classmethod
@@ -328,6 +337,24 @@ class ConsoleConfig(Section):
     """Users who may SHOW."""
 
 
+class StatementsConfig(Section):
+    """The figures of single statements."""
+
+    limit: Annotated[int, whole(10, 10_000)] = 500
+    """Most statements of one pool that are told apart; the least useful make room."""
+    exported: Annotated[int, whole(0, 500)] = 50
+    """Of them, those with series of their own in ``/metrics``; the rest is in "other"."""
+
+
+class IncidentsConfig(Section):
+    """The flight recorder: what was going on when something went wrong."""
+
+    directory: Annotated[str | None, BeforeValidator(file_path)] = None
+    """Where each incident is written as a JSON file; empty: incidents are in memory only."""
+    keep: Annotated[int, whole(1, 1000)] = 50
+    """Most incidents kept, in memory and as files; the oldest make room."""
+
+
 class LogConfig(Section):
     """The log."""
 
@@ -360,6 +387,10 @@ class Config(Section):
     """The pools by name, at least one."""
     console: ConsoleConfig = Field(default_factory=ConsoleConfig)
     """The console: the database ``pgsidecar``, for psql."""
+    statements: StatementsConfig = Field(default_factory=StatementsConfig)
+    """The figures of single statements."""
+    incidents: IncidentsConfig = Field(default_factory=IncidentsConfig)
+    """The flight recorder: what was going on when something went wrong."""
     log: LogConfig = Field(default_factory=LogConfig)
     """The log."""
     drain_timeout: Annotated[float, duration("0", "1h")] = 30.0

@@ -9,11 +9,18 @@ from sidecar.config import Config, ListenConfig, Section
 from sidecar.errors import ConfigError
 
 _FIXED_LISTEN: Final = ("host", "port", "unix_socket_dir")
-_NEEDS_RESTART: Final = (*(f"listen.{name}" for name in _FIXED_LISTEN), "http.", "log.format")
+_NEEDS_RESTART: Final = (
+    *(f"listen.{name}" for name in _FIXED_LISTEN),
+    "http.",
+    "statements.",
+    "incidents.",
+    "log.format",
+)
 
 
 def needs_restart(option: str) -> bool:
-    """Whether only a restart changes it: sockets are opened once, and so is the log."""
+    """Whether only a restart changes it: sockets are opened once, so is the log, and tables
+    have their size."""
     return option.startswith(_NEEDS_RESTART)
 
 
@@ -55,4 +62,5 @@ def taken_over(running: Config, new: Config) -> Config:
             f" (host {running.listen.host!r})"
         ) from exc
     log = new.log.model_copy(update={"format": running.log.format})
-    return new.model_copy(update={"listen": merged, "http": running.http, "log": log})
+    fixed = {"http": running.http, "statements": running.statements, "incidents": running.incidents}
+    return new.model_copy(update={"listen": merged, "log": log, **fixed})

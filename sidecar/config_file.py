@@ -16,10 +16,12 @@ from sidecar.config import (
     Config,
     ConsoleConfig,
     HttpConfig,
+    IncidentsConfig,
     ListenConfig,
     LogConfig,
     PoolConfig,
     Section,
+    StatementsConfig,
     UserConfig,
     options,
 )
@@ -27,7 +29,7 @@ from sidecar.config_text import Layout, Node, dotted, instead_of, shown
 from sidecar.config_values import Conflict
 from sidecar.errors import ConfigError
 
-_SECRETS = ("dsn", "auth_dsn", "password", "verifier")
+_SECRETS = ("dsn", "auth_dsn", "password", "verifier", "token")
 _TEXTS = ("hba",)  # too long to be shown; what is wrong in them names the line
 _REQUIRED: dict[str, type[Section]] = {"pools": Config, "dsn": PoolConfig}
 
@@ -38,6 +40,8 @@ _LAYOUT = Layout(
         "listen": options(ListenConfig),
         "http": options(HttpConfig),
         "console": options(ConsoleConfig),
+        "statements": options(StatementsConfig),
+        "incidents": options(IncidentsConfig),
         "log": options(LogConfig),
     },
     named={"users": options(UserConfig), "pools": options(PoolConfig)},

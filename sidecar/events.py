@@ -5,9 +5,12 @@ a change of the metrics contract. ``pool`` and ``proxy`` report to the ``Observe
 of Prometheus.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import Protocol
+
+from sidecar.work import Failure, Holder, SlowQuery, Statement
 
 
 class PoolMode(StrEnum):
@@ -157,8 +160,22 @@ class Operation(IntEnum):
 
 
 class ErrorOrigin(StrEnum):
+    """Who said so, or what broke."""
+
     SERVER = "server"
     SIDECAR = "sidecar"
+    NETWORK = "network"  # the connection to the server was lost
+
+
+class IncidentKind(StrEnum):
+    """What begins an incident."""
+
+    EXHAUSTED = "exhausted"  # all connections in use, and clients wait
+    LEAK = "leak"
+    SLOW_QUERY = "slow_query"
+    DATABASE_DOWN = "database_down"
+    CONNECTION_STORM = "connection_storm"
+    ERROR_BURST = "error_burst"
 
 
 class TimeoutKind(StrEnum):
@@ -219,6 +236,7 @@ class PoolSnapshot:
     min_idle: int
     pending: int  # clients waiting
     oldest_wait: float  # of them; 0 if none
+    waited: float  # by all of them together, so far
     is_up: bool
     last_ping: float  # unix time of the last good ping; 0 before the first
     queries_in_flight: int
@@ -227,6 +245,23 @@ class PoolSnapshot:
     slow_query_threshold: float
     pinned: dict[PinReason, int]  # connections kept beyond the transaction, by what keeps them
     prepared_statements: int  # on all connections together
+
+
+@dataclass(frozen=True, slots=True)
+class PoolGauges:
+    """What changes from moment to moment in a pool; all pools of a template are one. Read every
+    100 ms, so it is cheap. Times in seconds."""
+
+    name: str
+    used: int
+    idle: int
+    connecting: int
+    max_size: int
+    pending: int
+    oldest_wait: float  # 0 if none waits
+    waited: float  # by all who wait now together
+    is_up: bool
+    holders: Callable[[], list[Holder]]  # at this instant; costs 1 us for each
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,6 +313,7 @@ class ServerSnapshot:
     is_replaced: bool  # closed as soon as it is released
     pin: PinReason | None
     pinned_at: float  # 0 if it is not known
+    statement: Statement | None  # that runs, else the last one of its lease
 
 
 class Traffic:
@@ -316,14 +352,25 @@ class PoolObserver(Protocol):
     def parsed(self, reused: bool) -> None:
         """A client's named statement was needed on a connection; ``reused``: it was there."""
 
-    def query_done(self, operation: int, took: float) -> None:
+    def statement(self, fingerprint: str, text: str, operation: int) -> Statement:
+        """The statement of this fingerprint, where its figures are kept; or one for all others."""
+
+    def query_done(self, statement: Statement, took: float) -> None:
         """A query (one Query, Execute or FunctionCall message) ended, failed or not."""
 
-    def query_slow(self, operation: int) -> None:
+    def query_slow(self, statement: Statement) -> None:
         """A running query crossed the slow threshold; once a query, before its ``query_done``."""
 
-    def query_failed(self, origin: ErrorOrigin, sqlstate: str) -> None:
-        """The client was sent an ErrorResponse."""
+    def slow_query_seen(self, slow: SlowQuery) -> None:
+        """What a query that crossed the threshold waits for: the server has been asked."""
+
+    def query_failed(self, failure: Failure) -> None:
+        """The client was sent an ErrorResponse, or should have been."""
+
+    def leak_began(self, holder: Holder) -> None:
+        """A lease is a leak from now on."""
+
+    def leak_ended(self, holder: Holder) -> None: ...
 
     def transaction_done(self, committed: bool, took: float) -> None: ...
 

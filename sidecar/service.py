@@ -4,8 +4,8 @@ Start: pools (they begin to connect), PostgreSQL listener, HTTP, janitor.
 Drain: stop accepting; clients without a lease go, the others finish theirs, up to a deadline.
 Stop: clients, pools, HTTP.
 
-Loops: the janitor, every 100 ms: sweeps the pools' deadlines, moves the rolling windows on, and
-measures how late the event loop runs. Every other task belongs to a login, a connection being
+Loops: the janitor, every 100 ms: sweeps the pools' deadlines, moves the rolling windows on, looks at
+who waits and who holds what, and measures how late the event loop runs. Every other task belongs to a login, a connection being
 opened or a cancel request, and lives in the same TaskGroup.
 """
 
@@ -223,6 +223,7 @@ class Service:
             assert self._listener is not None
             self._listener.tick(now)
             self.recorder.tick(now)
+            self.recorder.watch(now, self.directory.gauges(now))
             self._desk.tick(now)
             due = max(due + TICK, now)
 

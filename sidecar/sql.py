@@ -7,10 +7,10 @@ must cost well under a microsecond; only a text with a suspicious word is looked
 """
 
 import re
-from collections import OrderedDict
 from typing import Final
 
 from sidecar.events import Operation
+from sidecar.work import OTHER_STATEMENT, Statement
 
 REPORTED_SETTINGS: Final = frozenset(
     {
@@ -54,15 +54,17 @@ UNKNOWN: Final = LASTING & ~(LOAD | UNNAMED) | SETTING | UNDO | DIALECT
 
 SEEN: Final = 4096  # with UNKNOWN: something that stays was seen, whatever else is hidden
 
-_CACHED_TEXT: Final = 4096  # bytes; longer texts are classified each time
-_CACHED_TEXTS: Final = 2048
+
+UNKNOWN_STATEMENT: Final = Statement(OTHER_STATEMENT, "", int(Operation.OTHER))
+"""Of texts that nobody has told apart yet."""
 
 
 class Query:
-    """One text: its operation, its effects, the settings that it resets (``all``: every one), and
-    the names with a dot among those that it sets: a server does not list them."""
+    """One text: its operation, its effects, the settings that it resets (``all``: every one),
+    the names with a dot among those that it sets: a server does not list them; and which statement
+    it is, where that is known."""
 
-    __slots__ = ("effects", "names", "operation", "resets")
+    __slots__ = ("effects", "names", "operation", "resets", "statement")
 
     def __init__(
         self,
@@ -70,11 +72,17 @@ class Query:
         effects: int,
         resets: frozenset[bytes] = NONE,
         names: frozenset[bytes] = NONE,
+        statement: Statement = UNKNOWN_STATEMENT,
     ) -> None:
         self.operation: Final[int] = operation
         self.effects: Final[int] = effects
         self.resets: Final = resets
         self.names: Final = names
+        self.statement: Final = statement
+
+    def as_statement(self, statement: Statement) -> "Query":
+        """The same, known to be this statement."""
+        return Query(self.operation, self.effects, self.resets, self.names, statement)
 
 
 _OPERATIONS: Final = {
@@ -207,24 +215,6 @@ def classify(text: bytes) -> Query:
     if (b"/*" in bare or _is_ambiguous(low)) and _has_effect(low):
         effects |= UNKNOWN | SEEN if effects & (LASTING | SETTING) else UNKNOWN
     return Query(int(operation), effects, resets, names) if effects or resets else _PLAIN[operation]
-
-
-class TextCache:
-    """Classification by text, least recently added first out. For the extended protocol, where
-    texts come back; in simple mode the literals are part of the text and nothing would hit."""
-
-    def __init__(self) -> None:
-        self._known: OrderedDict[bytes, Query] = OrderedDict()
-
-    def classify(self, text: bytes) -> Query:
-        found = self._known.get(text)
-        if found is None:
-            found = classify(text)
-            if len(text) <= _CACHED_TEXT:
-                self._known[text] = found
-                if len(self._known) > _CACHED_TEXTS:
-                    self._known.popitem(last=False)
-        return found
 
 
 def session_effects(low: bytes, bare: bytes) -> tuple[int, frozenset[bytes], frozenset[bytes]]:

@@ -23,6 +23,7 @@ from sidecar.events import (
 from sidecar.observe.exposition import Format
 from sidecar.observe.metrics import MetricsText
 from sidecar.observe.recorder import Recorder
+from tests.work import failure, statement
 
 Labels = frozenset[tuple[str, str]]
 
@@ -38,6 +39,7 @@ IDLE = PoolSnapshot(
     max_size=25,
     min_idle=5,
     pending=0,
+    waited=0.0,
     oldest_wait=0.0,
     is_up=False,
     last_ping=0.0,
@@ -111,8 +113,8 @@ def fill(page: Page) -> None:
             pool.acquired(outcome, 0.02, number)
     for number, operation in enumerate(Operation, 1):
         for _ in range(number):
-            pool.query_done(operation, 0.001 * number)
-            pool.query_slow(operation)
+            pool.query_done(statement(operation), 0.001 * number)
+            pool.query_slow(statement(operation))
     for number, connect_reason in enumerate(ConnectReason, 1):
         for _ in range(number):
             pool.connection_opened(connect_reason, 0.02)
@@ -126,9 +128,9 @@ def fill(page: Page) -> None:
         for _ in range(number):
             pool.timed_out(kind)
     pool.connection_failed(Phase.QUERY, ErrorReason.ADMIN_SHUTDOWN)
-    pool.query_failed(ErrorOrigin.SERVER, "23505")
-    pool.query_failed(ErrorOrigin.SIDECAR, "53300")
-    pool.query_failed(ErrorOrigin.SIDECAR, "U0001")
+    pool.query_failed(failure(ErrorOrigin.SERVER, "23505"))
+    pool.query_failed(failure(ErrorOrigin.SIDECAR, "53300"))
+    pool.query_failed(failure(ErrorOrigin.SIDECAR, "U0001"))
     pool.reconnected(ok=False)
     pool.transaction_done(True, 0.01)
     pool.transaction_done(True, 0.01)

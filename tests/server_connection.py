@@ -7,9 +7,11 @@ from contextlib import asynccontextmanager
 
 from sidecar.dsn import parse_dsn
 from sidecar.events import CloseReason, Traffic
+from sidecar.pool.health import NOBODY
 from sidecar.pool.server import ServerConnection
 from sidecar.pool.state import ConnectionState
 from sidecar.protocol import messages as m
+from sidecar.work import Who
 from tests.sidecar_process import PATIENCE
 from tests.wire import Message
 
@@ -27,8 +29,6 @@ class Owner:
 class Reader:
     """Takes what the server says up to ReadyForQuery."""
 
-    application = ""
-
     def __init__(self) -> None:
         self._data = b""
         self.messages: asyncio.Future[list[Message]] = asyncio.get_running_loop().create_future()
@@ -44,6 +44,9 @@ class Reader:
             at += 1 + length
         if found and found[-1].kind == "Z" and not self.messages.done():
             self.messages.set_result(found)
+
+    def who(self) -> Who:
+        return NOBODY
 
     def server_lost(self) -> None:
         if not self.messages.done():

@@ -219,7 +219,7 @@ class ServiceHere(Sidecar):
     async def stop(self) -> None:
         """Drain and stop, and see that nothing is left: in the ledgers, and in the pools."""
         for server in (idle for pool in self.service.directory for idle in pool.state.idle):
-            owed = [server.expected, server.undo, server.operations]
+            owed = [server.expected, server.undo, server.queries]
             owed += [server.refusals, server.described]
             assert not any(owed), server
             assert (server.automatic, server.tx_started, server.receiver) == (0, 0.0, None)

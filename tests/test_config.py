@@ -353,7 +353,7 @@ def test_unknown_top_level_key_is_told():
     line = problem(MINIMAL + "pool: {}")
     assert line == (
         "pool: unknown key, did you mean pools?;"
-        " allowed: listen, http, console, log, users, pools, drain_timeout"
+        " allowed: listen, http, console, statements, incidents, log, users, pools, drain_timeout"
     )
 
 

@@ -11,6 +11,7 @@ from sidecar.demo.figures import DemoFigures, FigureReader, PoolFigures
 from sidecar.demo.view import View, plain_lines, seconds
 from sidecar.events import ErrorOrigin, Operation, PinReason, PoolMode, PoolSnapshot
 from sidecar.observe.recorder import Recorder
+from tests.work import failure, statement
 
 SNAPSHOT = PoolSnapshot(
     name="main",
@@ -25,6 +26,7 @@ SNAPSHOT = PoolSnapshot(
     min_idle=5,
     pending=0,
     oldest_wait=0.0,
+    waited=0.0,
     is_up=True,
     last_ping=0.0,
     queries_in_flight=0,
@@ -82,13 +84,13 @@ def test_rates_are_those_since_the_look_before() -> None:
     reader = FigureReader(recorder, now)
     counted = recorder.pool("main")
     for _ in range(10):
-        counted.query_done(Operation.SELECT, 0.001)
+        counted.query_done(statement(Operation.SELECT), 0.001)
     assert reader.read([SNAPSHOT], 101.0).pools[0].queries_per_second == 10
     for _ in range(6):
-        counted.query_done(Operation.INSERT, 0.1)
-    counted.query_failed(ErrorOrigin.SERVER, "23505")
-    counted.query_failed(ErrorOrigin.SIDECAR, "53300")
-    counted.query_slow(Operation.INSERT)
+        counted.query_done(statement(Operation.INSERT), 0.1)
+    counted.query_failed(failure(ErrorOrigin.SERVER, "23505"))
+    counted.query_failed(failure(ErrorOrigin.SIDECAR, "53300"))
+    counted.query_slow(statement(Operation.INSERT))
     (pool,) = reader.read([SNAPSHOT], 103.0).pools
     assert (pool.queries_per_second, pool.errors_per_second, pool.slow) == (3, 1, 1)
     assert pool.error_rate == pytest.approx(2 / 6)
@@ -134,7 +136,7 @@ def test_failed_query_is_an_event_with_its_class() -> None:
     recorder = Recorder([("main", 5.0)], clock=lambda: 0.0)
     reader = FigureReader(recorder, 0.0)
     reader.read([SNAPSHOT], 1.0)
-    recorder.pool("main").query_failed(ErrorOrigin.SERVER, "22012")
+    recorder.pool("main").query_failed(failure(ErrorOrigin.SERVER, "22012"))
     assert reader.read([SNAPSHOT], 2.0).events == ("main: 1 query failed, SQLSTATE 22...",)
 
 

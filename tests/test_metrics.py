@@ -33,6 +33,7 @@ from sidecar.observe.recorder import (
     WAIT_BUCKETS,
 )
 from tests.metrics_page import IDLE, Labels, Page, fill
+from tests.work import statement
 
 # The contract: name, type, labels besides pool. Alerts and dashboards are written against it.
 POOL = """
@@ -285,6 +286,7 @@ def test_gauges_show_the_snapshot():
             idle=3,
             connecting=2,
             pending=4,
+            waited=0.0,
             oldest_wait=1.25,
             is_up=True,
             last_ping=1_700_000_000.5,
@@ -388,7 +390,7 @@ def test_a_scrape_tells_how_long_the_one_before_took(page):
 
 def test_quantiles_are_those_of_the_window(page):
     for milliseconds in range(1, 101):
-        page.recorder.pool("main").query_done(Operation.SELECT, milliseconds / 1000)
+        page.recorder.pool("main").query_done(statement(Operation.SELECT), milliseconds / 1000)
 
     for quantile, true in (("0.5", 0.05), ("0.9", 0.09), ("0.99", 0.099)):
         for window in ("1m", "5m"):

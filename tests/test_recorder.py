@@ -38,6 +38,7 @@ from sidecar.observe.recorder import (
     PoolRecorder,
     Recorder,
 )
+from tests.work import failure, statement
 
 SELECT = Operation.SELECT
 
@@ -77,7 +78,7 @@ def test_classic_buckets_of_queries_are_exact(values):
     """``le`` means at most. They are found from the sketch's index, which is only 1 % exact."""
     pool = Recorder([("main", 5.0)]).pool("main")
     for value in values:
-        pool.query_done(SELECT, value)
+        pool.query_done(statement(SELECT), value)
 
     assert pool.queries[SELECT].counts == bucket_counts(QUERY_BUCKETS, values)
     assert pool.queries[SELECT].total == pytest.approx(math.fsum(values))
@@ -109,7 +110,7 @@ def test_every_query_is_in_the_histogram_and_in_the_quantiles(values):
     recorder = Recorder([("main", 5.0)], clock=Clock())
     pool = recorder.pool("main")
     for number, value in enumerate(values):
-        pool.query_done(number % len(Operation), value)
+        pool.query_done(statement(number % len(Operation)), value)
 
     _, samples = pool.latency.quantiles("1m", 0.0, (0.5,))
 
@@ -119,7 +120,7 @@ def test_every_query_is_in_the_histogram_and_in_the_quantiles(values):
 @pytest.mark.parametrize("took", [0.0, -0.001, 5e-324])
 def test_a_duration_of_nothing_counts_as_the_shortest(pool, took):
     """Two reads of a coarse clock may be equal."""
-    pool.query_done(SELECT, took)
+    pool.query_done(statement(SELECT), took)
 
     assert pool.queries[SELECT].counts[0] == 1
     assert pool.latency.slot[0] == 1
@@ -127,16 +128,16 @@ def test_a_duration_of_nothing_counts_as_the_shortest(pool, took):
 
 @pytest.mark.parametrize("took", [60.0001, 3600.0, 1e9])
 def test_a_duration_above_all_bounds_is_counted(pool, took):
-    pool.query_done(SELECT, took)
+    pool.query_done(statement(SELECT), took)
 
     assert pool.queries[SELECT].counts[-1] == 1
     assert pool.queries[SELECT].total == took
 
 
 def test_operations_are_counted_apart(pool):
-    pool.query_done(int(Operation.COPY), 0.1)
-    pool.query_slow(int(Operation.COPY))
-    pool.query_done(Operation.DELETE, 0.1)
+    pool.query_done(statement(int(Operation.COPY)), 0.1)
+    pool.query_slow(statement(int(Operation.COPY)))
+    pool.query_done(statement(Operation.DELETE), 0.1)
 
     counts = {operation: pool.queries[operation].count() for operation in Operation}
     assert {operation for operation, count in counts.items() if count} == {
@@ -207,7 +208,7 @@ def test_commits_and_rollbacks_make_up_the_transactions(pool):
 def test_errors_are_counted_by_class(pool, sqlstate, sqlstate_class):
     """A function may raise any SQLSTATE: labels stay bounded."""
     series = len(pool.errors)
-    pool.query_failed(ErrorOrigin.SERVER, sqlstate)
+    pool.query_failed(failure(ErrorOrigin.SERVER, sqlstate))
 
     assert pool.errors[ErrorOrigin.SERVER, sqlstate_class] == 1
     assert sum(pool.errors.values()) == 1
@@ -285,7 +286,7 @@ def test_leases_held_for_minutes_stay_in_the_peak(pool):
 
 
 def test_quantiles_forget_by_ticks(recorder, pool):
-    pool.query_done(SELECT, 0.5)
+    pool.query_done(statement(SELECT), 0.5)
     recorder.tick(61.0)
 
     assert pool.latency.quantiles("1m", 61.0, (0.5,))[1] == 0
@@ -332,7 +333,7 @@ def test_both_recorders_are_observers(recorder):
     for observer in observers:
         pool: PoolObserver = observer.pool("main")
         pool.acquired_at_once(1)
-        pool.query_done(SELECT, 0.1)
+        pool.query_done(statement(SELECT), 0.1)
         observer.traffic.client_sent += 1
         observer.client_ended(Listener.PG, ClientOutcome.ACCEPTED)
 

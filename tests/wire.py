@@ -395,7 +395,7 @@ class Sidecar:
             if now.used or now.pending or now.connecting or now.queries_in_flight:
                 return False
             for server in pool.state.idle:
-                open_books = (server.expected, server.undo, server.operations, server.receiver)
+                open_books = (server.expected, server.undo, server.queries, server.receiver)
                 assert not any(open_books), (server, open_books)
         if clients is not None and listener.clients != clients:
             return False

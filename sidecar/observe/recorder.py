@@ -10,7 +10,7 @@ can be derived from other counts is derived when it is read (``acquires``, ``tra
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from math import inf, log
 from typing import Final
@@ -28,6 +28,7 @@ from sidecar.events import (
     Phase,
     PingOutcome,
     PinReason,
+    PoolGauges,
     TimeoutKind,
     Traffic,
 )
@@ -42,6 +43,8 @@ from sidecar.observe.sketch import (
     RollingQuantiles,
     index_of,
 )
+from sidecar.observe.statements import StatementTable
+from sidecar.work import OTHER_STATEMENT, Failure, Holder, SlowQuery, Statement
 
 WAIT_BUCKETS: Final[tuple[float, ...]] = (
     *(0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5),
@@ -152,6 +155,7 @@ class PoolRecorder:
         "reconnects",
         "slow",
         "slow_query_threshold",
+        "statements",
         "timeouts",
         "traffic",
         "transactions",
@@ -174,6 +178,7 @@ class PoolRecorder:
         self.slow = [0 for _ in Operation]
         self.latency = RollingQuantiles(now)
         self._slot = self.latency.slot
+        self.statements = StatementTable()
         self.errors = dict.fromkeys(ERROR_KEYS, 0)
         self.transactions = Histogram(QUERY_BUCKETS)
         self._rollbacks = 0
@@ -206,7 +211,7 @@ class PoolRecorder:
         uses.counts[bisect_left(USE_BUCKETS, held)] += 1
         uses.total += held
 
-    def query_done(self, operation: int, took: float) -> None:
+    def query_done(self, statement: Statement, took: float) -> None:
         # sketch.index_of inlined, 50 ns a call. Its index tells the classic bucket, too: 50 ns less
         # than a bisect for that
         if LOWEST < took < HIGHEST:
@@ -214,12 +219,25 @@ class PoolRecorder:
         else:
             index = 0 if took <= LOWEST else LAST
         self._slot[index] += 1
-        query = self.queries[operation]
+        query = self.queries[statement.operation]
         query.total += took
         if took > _QUERY_EDGE[index]:
             query.counts[_QUERY_FIRST[index] + 1] += 1
         else:
             query.counts[_QUERY_FIRST[index]] += 1
+        if statement.shared is not None:
+            statement = self._traced(statement, statement.shared)
+        statement.calls += 1
+        statement.seconds += took
+        if took > statement.longest:
+            statement.longest = took
+        recent = statement.recent
+        recent[index] = recent.get(index, 0) + 1
+
+    def _traced(self, execution: Statement, statement: Statement) -> Statement:
+        """One execution that has a trace context."""
+        statement.rows += execution.rows
+        return statement
 
     def transaction_done(self, committed: bool, took: float) -> None:
         transactions = self.transactions
@@ -243,11 +261,24 @@ class PoolRecorder:
         if used > self._peak.highest:
             self._peak.highest = used
 
-    def query_slow(self, operation: int) -> None:
-        self.slow[operation] += 1
+    def statement(self, fingerprint: str, text: str, operation: int) -> Statement:
+        return self.statements.find(fingerprint, text, operation)
 
-    def query_failed(self, origin: ErrorOrigin, sqlstate: str) -> None:
-        key = (origin, sqlstate[:2])
+    def query_slow(self, statement: Statement) -> None:
+        self.slow[statement.operation] += 1
+
+    def slow_query_seen(self, slow: SlowQuery) -> None:
+        pass
+
+    def leak_began(self, holder: Holder) -> None:
+        pass
+
+    def leak_ended(self, holder: Holder) -> None:
+        pass
+
+    def query_failed(self, failure: Failure) -> None:
+        origin = ErrorOrigin(failure.origin)
+        key = (origin, failure.sqlstate[:2])
         if key not in self.errors:
             key = (origin, OTHER)
         self.errors[key] += 1
@@ -319,6 +350,9 @@ class PoolRecorder:
     def tick(self, now: float) -> None:
         self.latency.advance(now)
         self._peak.advance(now, self._used)
+
+    def watch(self, now: float, gauges: PoolGauges) -> None:
+        """The state of the pool now; every 100 ms."""
 
 
 class SharedPoolRecorder(PoolRecorder):
@@ -409,6 +443,14 @@ class Recorder:
         for pool in self.pools.values():
             pool.tick(now)
 
+    def watch(self, now: float, gauges: Iterable[PoolGauges]) -> None:
+        """The state of the pools now; every 100 ms."""
+        for each in gauges:
+            self.pools[each.name].watch(now, each)
+
+
+_ANY: Final = [Statement(OTHER_STATEMENT, "", int(operation)) for operation in Operation]
+
 
 class NullPoolRecorder:
     """Records nothing, at the cost of the calls: what the benchmark compares recording with."""
@@ -420,9 +462,15 @@ class NullPoolRecorder:
     def released(self, held: float) -> None: ...
     def pinned(self, reason: PinReason) -> None: ...
     def parsed(self, reused: bool) -> None: ...
-    def query_done(self, operation: int, took: float) -> None: ...
-    def query_slow(self, operation: int) -> None: ...
-    def query_failed(self, origin: ErrorOrigin, sqlstate: str) -> None: ...
+    def statement(self, fingerprint: str, text: str, operation: int) -> Statement:
+        return _ANY[operation]
+
+    def query_done(self, statement: Statement, took: float) -> None: ...
+    def query_slow(self, statement: Statement) -> None: ...
+    def slow_query_seen(self, slow: SlowQuery) -> None: ...
+    def query_failed(self, failure: Failure) -> None: ...
+    def leak_began(self, holder: Holder) -> None: ...
+    def leak_ended(self, holder: Holder) -> None: ...
     def transaction_done(self, committed: bool, took: float) -> None: ...
     def overhead(self, took: float) -> None: ...
     def connection_opened(self, reason: ConnectReason, took: float) -> None: ...

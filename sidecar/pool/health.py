@@ -8,6 +8,7 @@ import errno
 import random
 import socket
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from sidecar.config import ServerTarget
 from sidecar.errors import (
@@ -22,6 +23,7 @@ from sidecar.pool.link import MAX_LOGIN_MESSAGE
 from sidecar.pool.login import describe as describe
 from sidecar.pool.server import ServerConnection
 from sidecar.protocol import messages as m
+from sidecar.work import Who
 
 PING: tuple[bytes, ...] = (m.query(b""),)
 """An empty query: a full round trip through the backend that leaves nothing in its statistics."""
@@ -37,10 +39,12 @@ _BACKOFF_FIRST = 0.1  # s
 _BACKOFF_MOST = 5.0  # s: a server that is back is used within seconds
 
 
+NOBODY: Final = Who(0, "pgsidecar", "", "", "")
+"""The pool itself."""
+
+
 class Check:
     """Sends queries on an unleased connection and waits for as many ReadyForQuery."""
-
-    application = ""
 
     def __init__(
         self,
@@ -94,6 +98,9 @@ class Check:
 
     def describe(self, now: float) -> str:
         return "the pool's own check"
+
+    def who(self) -> Who:
+        return NOBODY
 
 
 def clean_up(server: ServerConnection, *, is_dirty: bool) -> tuple[bytes, ...]:

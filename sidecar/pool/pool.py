@@ -142,6 +142,7 @@ class Pool:
         """
         self.observer.released(now - server.leased_at)
         server.receiver = None
+        server.statement = None
         if server.cancels or server.is_dirty or self.resets_always or server.tx_status != m.IDLE:
             self.state.move(server, ConnectionState.CHECKING)
             self._make_fit(server, now)
@@ -406,12 +407,12 @@ class Pool:
         threshold = self.config.slow_query_threshold
         for server in self.state.active:
             if (
-                server.operations
+                server.queries
                 and not server.query_is_slow
                 and now - server.query_started >= threshold
             ):
                 server.query_is_slow = True
-                self.observer.query_slow(server.operations[0])
+                self.observer.query_slow(server.queries[0])
 
     # -- pings ---------------------------------------------------------------------------------
 

@@ -9,10 +9,12 @@ from typing import Any, Final
 
 from sidecar.config import PoolConfig, ServerTarget
 from sidecar.errors import AcquireTimeout, PoolSaturated
-from sidecar.events import PinReason, PoolMode, PoolSnapshot
+from sidecar.events import PinReason, PoolGauges, PoolMode, PoolSnapshot
+from sidecar.pool.health import NOBODY
 from sidecar.pool.server import ServerConnection
 from sidecar.pool.state import PoolState
 from sidecar.protocol import messages as m
+from sidecar.work import Holder, Statement
 
 State = PoolState[ServerConnection, Any]
 
@@ -31,7 +33,7 @@ def snapshot(
 ) -> PoolSnapshot:
     """One pool; ``last_ping`` is a unix time."""
     active, idle = len(state.active), len(state.idle)
-    running = [s for s in state.active if s.operations]
+    running = [s for s in state.active if s.queries]
     open_idle = [s for s in state.active if s.tx_status != m.IDLE and not s.expected]
     first = next(iter(state.waiters), None)
     return PoolSnapshot(
@@ -47,6 +49,7 @@ def snapshot(
         min_idle=state.min_idle,
         pending=len(state.waiters),
         oldest_wait=0.0 if first is None else now - first.waiting_since,
+        waited=waited(state, now),
         is_up=is_up,
         last_ping=last_ping,
         queries_in_flight=len(running),
@@ -87,6 +90,7 @@ def in_one(config: PoolConfig, pools: Sequence[PoolSnapshot], *, is_up: bool) ->
         min_idle=config.min_idle,
         pending=sum(pool.pending for pool in pools),
         oldest_wait=max((pool.oldest_wait for pool in pools), default=0.0),
+        waited=sum(pool.waited for pool in pools),
         is_up=is_up,
         last_ping=max((pool.last_ping for pool in pools), default=0.0),
         queries_in_flight=sum(pool.queries_in_flight for pool in pools),
@@ -131,7 +135,8 @@ def _by_application(active: Sequence[ServerConnection]) -> str:
 
 def _application(server: ServerConnection) -> str:
     """Of the client that has the connection; logins and checks, and who is gone, have none."""
-    return "" if server.receiver is None else server.receiver.application
+    who = NOBODY if server.receiver is None else server.receiver.who()
+    return who.application if who.client else ""
 
 
 def too_many_wait(config: PoolConfig, holders: str) -> PoolSaturated:
@@ -156,4 +161,59 @@ def waited_in_vain(
         if is_kept_small
         else "Look for transactions left open and for slow queries; if all is busy for good "
         f"reason, raise {limit}.",
+    )
+
+
+def waited(state: State, now: float) -> float:
+    """How long all who wait now have waited together, seconds."""
+    total: float = sum([now - waiter.waiting_since for waiter in state.waiters])
+    return total
+
+
+def statement_of(server: ServerConnection) -> Statement | None:
+    """The statement that runs, else the last one of this lease."""
+    queries = server.queries
+    found = queries[0] if queries else server.statement
+    return None if found is None else found.shared or found
+
+
+def holder(pool: str, server: ServerConnection) -> Holder:
+    """The lease of a connection that is leased."""
+    receiver = server.receiver
+    if server.queries:
+        state, since = "running", server.query_started
+    else:
+        state = "idle" if server.tx_status == m.IDLE else "idle in transaction"
+        since = max(server.status_since, server.leased_at)
+    return Holder(
+        pool=pool,
+        server=server.id,
+        backend_pid=server.pid,
+        who=NOBODY if receiver is None else receiver.who(),
+        statement=statement_of(server),
+        state=state,
+        leased_at=server.leased_at,
+        since=since,
+        transaction_since=server.tx_started if server.tx_status != m.IDLE else 0.0,
+        pin="" if server.pin is None else server.pin.value,
+    )
+
+
+def gauges(
+    name: str, states: Sequence[State], max_size: int, now: float, *, is_up: bool
+) -> PoolGauges:
+    """Of one pool, or of all pools of a template together."""
+    firsts = [next(iter(state.waiters)) for state in states if state.waiters]
+    used, idle = sum(len(s.active) for s in states), sum(len(s.idle) for s in states)
+    return PoolGauges(
+        name=name,
+        used=used,
+        idle=idle,
+        connecting=sum(state.size for state in states) - used - idle,
+        max_size=max_size,
+        pending=sum(len(state.waiters) for state in states),
+        oldest_wait=max((now - first.waiting_since for first in firsts), default=0.0),
+        waited=sum(waited(state, now) for state in states),
+        is_up=is_up,
+        holders=lambda: [holder(name, server) for state in states for server in state.active],
     )

@@ -20,6 +20,7 @@ from sidecar.pool.login import Login, Versions, remember, send_cancel
 from sidecar.pool.state import ConnectionState
 from sidecar.protocol import messages as m
 from sidecar.protocol.startup import cancel_request
+from sidecar.work import Statement, Who
 
 _ids: Final = count(1)
 
@@ -34,10 +35,6 @@ _WHY_OVER: Final = {REPLACED: CloseReason.RECONNECT, KILLED: CloseReason.KILLED}
 class Receiver(Protocol):
     """Who gets what the server sends: a client's relay, or a check."""
 
-    @property
-    def application(self) -> str:
-        """The ``application_name`` of the client that has the connection; empty: none has."""
-
     def server_data(self, data: bytes) -> None: ...
 
     def server_lost(self) -> None:
@@ -48,6 +45,8 @@ class Receiver(Protocol):
 
     def describe(self, now: float) -> str:
         """Who this is, for the error of a client that waits."""
+
+    def who(self) -> Who: ...
 
 
 class Owner(Protocol):
@@ -86,13 +85,13 @@ class ServerConnection:
         "leased_at",
         "mid_message",
         "opened_at",
-        "operations",
         "owner",
         "parameters",
         "pid",
         "pin",
         "pinned_at",
         "prepared",
+        "queries",
         "query_is_slow",
         "query_started",
         "receiver",
@@ -100,6 +99,7 @@ class ServerConnection:
         "secret",
         "settings",
         "state",
+        "statement",
         "status_since",
         "target",
         "tls_version",
@@ -158,7 +158,8 @@ class ServerConnection:
         self.refusals: deque[bytes] = deque()
         # proxy.prepared.Prepared, of our Describes that are owed
         self.described: deque[Any] = deque()
-        self.operations: deque[int] = deque()  # of the queries that run or are queued
+        self.queries: deque[Statement] = deque()  # that run or are queued
+        self.statement: Statement | None = None  # the last one that has ended in this lease
         self.query_started = 0.0  # of the first of them
         self.query_is_slow = False
         self.tx_started = 0.0

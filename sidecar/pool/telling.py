@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from sidecar.events import ServerSnapshot
+from sidecar.pool import report
 from sidecar.pool.pool import Pool
 from sidecar.pool.server import ServerConnection
 from sidecar.pool.state import ConnectionState
@@ -51,7 +52,7 @@ def _server(pool: Pool, server: ServerConnection) -> ServerSnapshot:
         tls=tls(server.transport),
         opened_at=server.opened_at,
         leased_at=server.leased_at,
-        query_started=server.query_started if server.operations else 0.0,
+        query_started=server.query_started if server.queries else 0.0,
         status_since=server.status_since,
         in_transaction=server.tx_status != m.IDLE,
         pid=server.pid,
@@ -60,6 +61,7 @@ def _server(pool: Pool, server: ServerConnection) -> ServerSnapshot:
         is_replaced=server.age_limit < 0.0,
         pin=server.pin,
         pinned_at=server.pinned_at,
+        statement=report.statement_of(server),
     )
 
 

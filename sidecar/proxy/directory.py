@@ -11,14 +11,14 @@ Runs no task: the service calls ``tick`` every 100 ms.
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Final
 
 from sidecar.config import Config, PoolConfig, ServerTarget
 from sidecar.errors import SidecarError
-from sidecar.events import Observer, PoolObserver, PoolSnapshot, Traffic
-from sidecar.pool import health, steering
+from sidecar.events import Observer, PoolGauges, PoolObserver, PoolSnapshot, Traffic
+from sidecar.pool import health, report, steering
 from sidecar.pool.budget import Budget
 from sidecar.pool.opening import Spawn
 from sidecar.pool.pool import Pool
@@ -157,6 +157,20 @@ class Directory:
             for name in self._config.pools
         ]
 
+    def gauges(self, now: float) -> list[PoolGauges]:
+        """As ``snapshots``, what is looked at every 100 ms."""
+        found = []
+        for name, config in self._config.pools.items():
+            if name in self._fixed:
+                pool = self._fixed[name].pool
+                pools, is_up = [pool], pool.opener.is_up
+            else:
+                pools = list(self._templates[name].members())
+                is_up = not any(map(_is_down, pools))
+            states = [pool.state for pool in pools]
+            found.append(report.gauges(name, states, config.max_size, now, is_up=is_up))
+        return found
+
 
 class _Template:
     """The pools made from one entry."""
@@ -229,6 +243,10 @@ class _Template:
         if plan.again is not None:
             delay = plan.again - now
             asyncio.get_running_loop().call_later(delay, lambda: self._share(clock()))
+
+    def members(self) -> Iterable[Pool]:
+        """Those with connections, or clients that wait."""
+        return self._budget.members()
 
     def snapshot(self, now: float) -> PoolSnapshot:
         """Of all pools together. The server counts as up unless one of them cannot reach it: as

@@ -13,6 +13,7 @@ from sidecar.pool.server import ServerConnection
 from sidecar.protocol import messages as m
 from sidecar.proxy.replies import Replies
 from sidecar.proxy.tables import Client
+from sidecar.work import Failure, Statement, Who
 
 log = logging.getLogger("pgsidecar.proxy")
 
@@ -60,18 +61,28 @@ def block_in_statement_mode(pool: Pool) -> SidecarError:
     )
 
 
-def report(pool: Pool, error: SidecarError, severity: str) -> bytes:
+def report(
+    pool: Pool,
+    error: SidecarError,
+    severity: str,
+    who: Who,
+    statement: Statement | None = None,
+) -> bytes:
     """The ErrorResponse for an error of ours. It is counted."""
-    pool.observer.query_failed(ErrorOrigin.SIDECAR, error.sqlstate)
+    is_network = isinstance(error, ServerConnectionLost)
+    origin = ErrorOrigin.NETWORK if is_network else ErrorOrigin.SIDECAR
+    pool.observer.query_failed(
+        Failure(origin, error.sqlstate, error.message, who.application, statement)
+    )
     return m.error_response(
         severity, error.sqlstate, error.message, detail=error.detail, hint=error.hint
     )
 
 
-def farewell(pool: Pool, error: SidecarError, *, is_error: bool) -> bytes:
+def farewell(pool: Pool, error: SidecarError, who: Who, *, is_error: bool) -> bytes:
     """The last ErrorResponse of a session. One that had to end is not an error."""
     if is_error:
-        return report(pool, error, "FATAL")
+        return report(pool, error, "FATAL", who)
     return m.error_response("FATAL", error.sqlstate, error.message, hint=error.hint)
 
 

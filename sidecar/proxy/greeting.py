@@ -18,6 +18,7 @@ from sidecar.pool.pool import Pool
 from sidecar.pool.server import ServerConnection, clock
 from sidecar.protocol import messages as m
 from sidecar.proxy.carrier import Carrier
+from sidecar.work import Who
 
 
 class Greeting:
@@ -27,9 +28,7 @@ class Greeting:
     ends whatever is under way.
     """
 
-    application = ""  # not the client's yet
-
-    def __init__(self, pool: Pool, carrier: Carrier, who: str, acquire_timeout: float) -> None:
+    def __init__(self, pool: Pool, carrier: Carrier, who: Who, acquire_timeout: float) -> None:
         """``who``: for people who ask what holds the pool. ``acquire_timeout`` in seconds."""
         self._pool: Final = pool
         self._carrier: Final = carrier
@@ -134,4 +133,7 @@ class Greeting:
         pass  # a SET is a few bytes
 
     def describe(self, now: float) -> str:
-        return f"{self._who}, in login"
+        return f'user "{self._who.user}", {self._who.address}, in login'
+
+    def who(self) -> Who:
+        return self._who

@@ -152,7 +152,7 @@ class Watch:
             is_open = server.tx_status != m.IDLE
             is_over = is_open and 0 < idle_limit <= now - server.status_since
             return IDLE_IN_TRANSACTION if is_over else None
-        if server.operations:
+        if server.queries:
             return self._judge_query(limits, server.query_started, now)
         # Between Parse and Execute, or behind the last Execute and not at Sync yet: nothing tells
         # when that began, but it can be seen to stand still.

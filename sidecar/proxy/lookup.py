@@ -24,6 +24,7 @@ from sidecar.pool.opening import Spawn
 from sidecar.pool.server import ServerConnection, cancel_query, clock
 from sidecar.protocol import messages as m
 from sidecar.protocol.authentication import ScramVerifier, parse_verifier
+from sidecar.work import Who
 
 log = logging.getLogger("pgsidecar.proxy")
 
@@ -261,8 +262,6 @@ class Answer:
 class _Reader:
     """A receiver for the answer."""
 
-    application = ""
-
     def __init__(self, server: ServerConnection) -> None:
         self._server = server
         self._data = b""
@@ -318,6 +317,9 @@ class _Reader:
 
     def describe(self, now: float) -> str:
         return "the look-up of users"
+
+    def who(self) -> Who:
+        return health.NOBODY
 
 
 def _columns(body: bytes) -> list[bytes | None]:

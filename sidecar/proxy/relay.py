@@ -23,6 +23,7 @@ from sidecar.proxy.requests import Requests
 from sidecar.proxy.settings import Settings
 from sidecar.proxy.tables import Client, PoolTables
 from sidecar.proxy.unleased import GOODBYE, IGNORED_SYNC, NEED, Unleased
+from sidecar.work import Who
 
 HELD_BACK: Final = 64 * 1024
 """Bytes of a waiting client that are kept before its socket is not read any more."""
@@ -95,7 +96,7 @@ class Relay:
         self.requests: Final = Requests(tables.texts, tables.statements, pool.config, pool.observer)
         self._holds_lease: Final = pool.config.mode is PoolMode.SESSION
         self._is_one_statement: Final = pool.config.mode is PoolMode.STATEMENT
-        self.replies: Final = Replies(self.requests, pool.config, pool.observer)
+        self.replies: Final = Replies(self.requests, pool.config, pool.observer, self.carrier)
         self.errands: Final = Errands(pool, self.carrier, self.requests, self.replies)
         self.id = 0  # told to people; no two clients have the same
         self.opened_at = 0.0
@@ -121,10 +122,6 @@ class Relay:
     @property
     def acquire_timeout(self) -> float:
         return self.limits.acquire
-
-    @property
-    def application(self) -> str:
-        return self.carrier.application
 
     # -- the client's socket -------------------------------------------------------------------
 
@@ -284,7 +281,7 @@ class Relay:
     def _refuse_cycle(self, error: SidecarError, data: bytes, pos: int) -> None:
         """Answer the cycle that begins here with an error; what belongs to it is skipped."""
         self.idle_since = clock()
-        self.write(endings.report(self.pool, error, "ERROR"))
+        self.write(endings.report(self.pool, error, "ERROR", self.who()))
         if self._unleased.ignore_cycle(data, pos):
             self.write(m.READY_IDLE_MESSAGE)
 
@@ -492,9 +489,12 @@ class Relay:
         if self.is_closed or self.transport.is_closing():
             return
         if self.replies.incoming == 0:
-            self.write(endings.farewell(self.pool, error, is_error=is_error))
+            self.write(endings.farewell(self.pool, error, self.who(), is_error=is_error))
         endings.log_closed(self.pool, self.client, error)
         self.close()
 
+    def who(self) -> Who:
+        return self.client.who(self.id, self.carrier.application)
+
     def describe(self, now: float) -> str:
-        return self.client.describe(self.application, self.server, now)
+        return self.client.describe(self.carrier.application, self.server, now)

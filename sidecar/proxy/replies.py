@@ -5,7 +5,7 @@ what the client did not ask for is left out, what was not asked of the server is
 other bulk are passed on in pieces; the short messages that steer us are taken whole.
 """
 
-from typing import Final
+from typing import Final, Protocol
 
 from sidecar.config import PoolConfig
 from sidecar.errors import ServerProtocolError
@@ -16,7 +16,9 @@ from sidecar.proxy import expect
 from sidecar.proxy.limits import QUERY_HINT
 from sidecar.proxy.prepared import PREFIX, Prepared, shape
 from sidecar.proxy.requests import Requests
+from sidecar.proxy.scrub import message_of
 from sidecar.sql import LOAD, SETTING, UNDO, UNNAMED
+from sidecar.work import Failure
 
 _HELD: Final = 64 * 1024
 """Bytes; a message that we need whole and that is longer is looked at so far and passed on."""
@@ -59,6 +61,13 @@ _LONGEST: Final = 0x40000000
 _unpack: Final = m.HEADER.unpack_from
 
 
+def rows_of(data: bytes, tag: int) -> int:
+    """How many rows a command tag tells: "INSERT 0 5", "SELECT 1", "COPY 3"; 0 for "BEGIN"."""
+    end = data.find(0, tag)
+    number = data[data.rfind(b" ", tag, end) + 1 : end]
+    return int(number) if number.isdigit() else 0
+
+
 def status_of(body: bytes) -> bytes:
     """The body of a ParameterStatus. Raises ServerProtocolError if it is not one."""
     if body.count(0) != 2 or not body.endswith(b"\0"):
@@ -75,10 +84,18 @@ def _waits_for_more(server: ServerConnection, kind: int, length: int, come: int)
     return bool(is_needed) and come < _HELD
 
 
+class Named(Protocol):
+    """Whose replies these are."""
+
+    @property
+    def application(self) -> str: ...
+
+
 class Replies:
     """The replies to one client."""
 
     __slots__ = (
+        "_client",
         "_has_changed_tables",
         "_has_rolled_back",
         "_holds_lease",
@@ -97,10 +114,13 @@ class Replies:
         "why_cancelled",
     )
 
-    def __init__(self, requests: Requests, config: PoolConfig, observer: PoolObserver) -> None:
+    def __init__(
+        self, requests: Requests, config: PoolConfig, observer: PoolObserver, client: Named
+    ) -> None:
         self._requests: Final = requests
         self._statements: Final = requests.statements
         self._observer = observer
+        self._client: Final = client
         self._threshold: Final = config.slow_query_threshold
         # what the server says between transactions is for this client, too
         self._holds_lease: Final = config.mode is PoolMode.SESSION
@@ -334,6 +354,8 @@ class Replies:
         """CommandComplete. Its tag is the one sure sign of what a statement did."""
         if tag == len(data):
             raise ServerProtocolError("CommandComplete from the server without a tag")
+        if server.queries:
+            server.queries[0].rows += rows_of(data, tag)
         first = data[tag]
         if first == 0x52:  # R
             self._has_rolled_back = data.startswith(b"ROLLBACK\0", tag)
@@ -383,13 +405,14 @@ class Replies:
         self._query_done(server, now)
 
     def _query_done(self, server: ServerConnection, now: float) -> None:
-        operation = server.operations.popleft()
+        statement = server.queries.popleft()
+        server.statement = statement
         took = now - server.query_started
         if server.query_is_slow:
             server.query_is_slow = False
         elif took >= self._threshold:
-            self._observer.query_slow(operation)
-        self._observer.query_done(operation, took)
+            self._observer.query_slow(statement)
+        self._observer.query_done(statement, took)
         server.query_started = now  # the next one, if it waits already, begins here
 
     def _ready(self, server: ServerConnection, status: int, now: float) -> None:
@@ -415,7 +438,7 @@ class Replies:
             if server.tx_started != 0.0:
                 committed = not (server.cycle_failed or self._has_rolled_back)
                 self._observer.transaction_done(committed, now - server.tx_started)
-                server.tx_started = now if server.operations else 0.0
+                server.tx_started = now if server.queries else 0.0
             if self._has_changed_tables:  # only now for the others
                 self._has_changed_tables = False
                 self._statements.renew()
@@ -432,7 +455,12 @@ class Replies:
         self, server: ServerConnection, body: bytes, now: float, origin: ErrorOrigin
     ) -> None:
         sqlstate = m.sqlstate_of(body)
-        self._observer.query_failed(origin, sqlstate)
+        statement = server.queries[0] if server.queries else None
+        self._observer.query_failed(
+            Failure(
+                origin, sqlstate, message_of(body, statement), self._client.application, statement
+            )
+        )
         server.cycle_failed = True
         server.copy_in = False
         if b"\0VFATAL\0" in body or b"\0VPANIC\0" in body:
@@ -453,15 +481,15 @@ class Replies:
                 # The first of them failed, or could not begin; the others never ran.
                 self._query_done(server, now)
                 for _ in range(dropped - 1):
-                    server.operations.popleft()
+                    server.queries.popleft()
             if self._statements.awaits_check is not None and expect.OUR_DESCRIBE not in expected:
                 self.values.append(CHECKED)
 
     def abandon(self, server: ServerConnection, now: float) -> None:
         """The lease ends in the middle: account for what was under way."""
-        if server.operations:
+        if server.queries:
             self._query_done(server, now)
-            server.operations.clear()
+            server.queries.clear()
         if server.tx_started != 0.0:
             self._observer.transaction_done(False, now - server.tx_started)
             server.tx_started = 0.0

@@ -10,7 +10,7 @@ from typing import Final
 
 from sidecar.config import PoolConfig
 from sidecar.errors import ClientProtocolError
-from sidecar.events import Operation, PoolMode, PoolObserver
+from sidecar.events import PoolMode, PoolObserver
 from sidecar.pool.server import ServerConnection
 from sidecar.protocol import messages as m
 from sidecar.proxy import expect
@@ -19,7 +19,9 @@ from sidecar.proxy.policy import Policy
 from sidecar.proxy.prepared import PreparedTable
 from sidecar.proxy.rewriter import Rewriter
 from sidecar.proxy.statements import Statements, Unsure, end_of
-from sidecar.sql import DEALLOCATE, NONE, UNKNOWN, Query, TextCache, classify, deallocated
+from sidecar.proxy.texts import Texts
+from sidecar.sql import DEALLOCATE, NONE, UNKNOWN, Query, deallocated
+from sidecar.work import Statement
 
 INSPECTED: Final = 16 * 1024
 """Bytes of a message that are gathered before it is looked at and passed on in pieces."""
@@ -54,11 +56,11 @@ class Requests:
     """The requests of one client."""
 
     __slots__ = (
-        "_cache",
         "_has_bound",
         "_policy",
         "_renames",
         "_rewriter",
+        "_texts",
         "awaits_sync",
         "has_failed",
         "passing",
@@ -70,12 +72,12 @@ class Requests:
 
     def __init__(
         self,
-        cache: TextCache,
+        texts: Texts,
         table: PreparedTable,
         config: PoolConfig,
         observer: PoolObserver,
     ) -> None:
-        self._cache: Final = cache
+        self._texts: Final = texts
         self._policy: Final = Policy(config)
         self._renames: Final = config.mode is not PoolMode.SESSION
         self._rewriter: Final = Rewriter()
@@ -146,11 +148,11 @@ class Requests:
             elif kind == m.QUERY:
                 # compiled, a slice must not end before it begins
                 text = data[pos + 5 : end - 1] if length > 4 else b""
-                query = classify(text)
+                query = self._texts.query(text)
                 if (query.effects or self._policy.refuses_blocks) and self._replaces(
                     server, query, text, data, pos, end
                 ):
-                    self._run(server, query.operation, now)
+                    self._run(server, query.statement, now)
                 else:
                     self._add_query(server, m.QUERY, query, now)
             elif kind == m.BIND:
@@ -159,7 +161,7 @@ class Requests:
             elif kind == m.EXECUTE:
                 expected.append(m.EXECUTE)
                 self._has_bound = True
-                self._run(server, statements.operation, now)
+                self._run(server, statements.bound, now)
             elif kind == m.FLUSH:
                 if self._renames and end == size and not self._has_bound:
                     self._sync(server, data, pos, end)
@@ -176,7 +178,7 @@ class Requests:
                 statements.close(server, data, pos, end)
             elif kind == m.FUNCTION_CALL:
                 expected.append(m.FUNCTION_CALL)
-                self._run(server, int(Operation.OTHER), now)
+                self._run(server, self._texts.function_call, now)
             elif kind == m.COPY_DONE or kind == m.COPY_FAIL:
                 server.copy_in = False
                 if expected:
@@ -221,16 +223,16 @@ class Requests:
         self.awaits_sync = True
         self.has_failed = False
 
-    def _run(self, server: ServerConnection, operation: int, now: float) -> None:
-        if not server.operations:
+    def _run(self, server: ServerConnection, statement: Statement, now: float) -> None:
+        if not server.queries:
             server.query_started = now
             if server.tx_started == 0.0:
                 server.tx_started = now
-        server.operations.append(operation)
+        server.queries.append(statement)
 
     def _add_query(self, server: ServerConnection, kind: int, query: Query, now: float) -> None:
         server.expected.append(kind)
-        self._run(server, query.operation, now)
+        self._run(server, query.statement, now)
         if query.effects:
             suspect(server, query)
         if query.resets:
@@ -265,7 +267,7 @@ class Requests:
         name_end = end_of(data, pos + 5, end)
         text_end = data.find(0, name_end + 1, end)
         text = data[name_end + 1 : text_end] if text_end >= 0 else data[name_end + 1 : end]
-        query = self._cache.classify(text)
+        query = self._texts.parse(text)
         if query.resets:
             self.resets |= query.resets
         if (query.effects or self._policy.refuses_blocks) and self._replaces_parse(

@@ -251,8 +251,7 @@ class Session:
         """The end of a login that needs a server connection: to keep, or to try the settings on."""
         pool = relay.tables.pool
         timeout = min(relay.limits.acquire, deadline - 0.1 - clock())
-        who = f'user "{relay.client.user}", {relay.client.address}'
-        greeting = self._greeting = Greeting(pool, relay.carrier, who, timeout)
+        greeting = self._greeting = Greeting(pool, relay.carrier, relay.who(), timeout)
         try:
             server = await greeting.take()
             data = await greeting.settle(server)

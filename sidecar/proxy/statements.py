@@ -15,7 +15,7 @@ from sidecar.proxy import expect, policy, prepared
 from sidecar.proxy.pins import suspect
 from sidecar.proxy.prepared import Prepared
 from sidecar.proxy.rewriter import Rewriter
-from sidecar.sql import Query
+from sidecar.sql import UNKNOWN_STATEMENT, Query
 
 # Close of a statement that no server connection has: the server answers CloseComplete all the
 # same, in its turn. The real statement stays, other clients may use it.
@@ -42,9 +42,9 @@ class Statements:
         "_table",
         "awaits_check",
         "awaits_outcome",
+        "bound",
         "dialect",
         "has_unnamed",
-        "operation",
         "unnamed",
         "unnamed_parse",
     )
@@ -68,7 +68,7 @@ class Statements:
         self.unnamed: Query | None = None
         self.unnamed_parse: bytes | None = None  # its Parse, to repeat elsewhere
         self.has_unnamed = False  # this connection has it
-        self.operation = int(Operation.OTHER)  # of the last Bind
+        self.bound = UNKNOWN_STATEMENT  # by the last Bind
         self.dialect = b""  # of the client's settings
         self.awaits_outcome = False  # of earlier cycles, and what depends on it waits
         # our Describe of it is on its way: what uses it waits
@@ -184,7 +184,7 @@ class Statements:
         query = self.unnamed
         if query is not None and self.has_unnamed and data.startswith(b"\0\0", pos + 5, end):
             # the common case, without a call: unnamed portal, unnamed statement, and it is there
-            self.operation = query.operation
+            self.bound = query.statement
             if query.effects:
                 suspect(server, query)
         else:
@@ -228,7 +228,7 @@ class Statements:
         if self._renames and (server.undo or server.undoes):
             self._await_outcome(server, name, statement, data, pos)
         if statement is not None:
-            self.operation = statement.query.operation
+            self.bound = statement.query.statement
             if statement.query.effects:
                 suspect(server, statement.query)
         if not self._renames:
@@ -250,7 +250,7 @@ class Statements:
     def _use_unnamed(self, server: ServerConnection, data: bytes, pos: int) -> None:
         query = self.unnamed
         if query is not None:
-            self.operation = query.operation
+            self.bound = query.statement
             if query.effects:
                 suspect(server, query)
         if self.has_unnamed or not self._renames:

@@ -12,7 +12,8 @@ from sidecar.protocol import messages as m
 from sidecar.proxy.limits import Limits
 from sidecar.proxy.prepared import PreparedTable
 from sidecar.proxy.settings import SettingsTable
-from sidecar.sql import TextCache
+from sidecar.proxy.texts import Texts
+from sidecar.work import Who
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,9 @@ class Client:
     user: str
     database: str
     address: str
+
+    def who(self, id: int, application: str) -> Who:
+        return Who(id, application, self.user, self.database, self.address)
 
     def describe(self, application: str, server: ServerConnection | None, now: float) -> str:
         """For the error of another client that waits for what this one has: ``server``."""
@@ -42,7 +46,7 @@ class PoolTables:
         self.pool: Final = pool
         self.settings: Final = SettingsTable()
         self.statements: Final = PreparedTable()
-        self.texts: Final = TextCache()
+        self.texts: Final = Texts(pool.observer)
         self.limits: dict[Limits, Limits] = {}
         """Those that clients have: one object for each combination."""
         self.leases = 0
