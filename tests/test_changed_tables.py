@@ -111,6 +111,7 @@ def test_in_a_transaction_it_fails_the_transaction(table) -> None:
         answer = client.ask(use("s"))
         assert kinds(answer) == "EZ"
         assert (error(answer)["C"], answer[-1].body) == ("0A000", b"E")
+        assert error(answer)["R"] == "RevalidateCachedQuery"  # by which drivers know it
         assert error(client.ask(query("select 1")))["C"] == "25P02"
         client.rows("rollback")
         assert client.value("select 1") == "1"

@@ -129,9 +129,9 @@ def negotiate_protocol_version(minor: int, options: Iterable[bytes]) -> bytes:
 
 
 def error_response(
-    severity: str, sqlstate: str, text: str, *, detail: str = "", hint: str = ""
+    severity: str, sqlstate: str, text: str, *, detail: str = "", hint: str = "", routine: str = ""
 ) -> bytes:
-    """ErrorResponse with the fields S, V, C, M and, where given, D and H (54.8)."""
+    """ErrorResponse with the fields S, V, C, M and, where given, D, H and R (54.8)."""
     fields = [
         b"S" + severity.encode(),
         b"V" + severity.encode(),
@@ -142,6 +142,8 @@ def error_response(
         fields.append(b"D" + _printable(detail))
     if hint:
         fields.append(b"H" + _printable(hint))
+    if routine:
+        fields.append(b"R" + routine.encode())
     return message(ERROR_RESPONSE, b"\0".join(fields) + b"\0\0")
 
 

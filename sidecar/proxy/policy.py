@@ -22,8 +22,13 @@ NO_BLOCKS: Final = m.error_response(
 )
 
 
-STALE_PLAN: Final = m.error_response("ERROR", _SQLSTATE, "cached plan must not change result type")
-"""PostgreSQL's words (plancache.c)."""
+STALE_PLAN: Final = m.error_response(
+    "ERROR",
+    _SQLSTATE,
+    "cached plan must not change result type",
+    routine="RevalidateCachedQuery",
+)
+"""PostgreSQL's words (plancache.c). By its routine asyncpg and pgjdbc know that they may try again."""
 
 
 class Policy:
