@@ -375,9 +375,11 @@ async def test_lost_idle_connections_are_replaced_unnoticed(
     await sidecar.until(lambda now: now.idle == 3)
     async with await psycopg.AsyncConnection.connect(sidecar.dsn(), autocommit=True) as conn:
         await conn.execute("SELECT 1")
-        ended = server.psql(
+        # in a thread: the sidecar must not seem to be stalled
+        ended = await asyncio.to_thread(
+            server.psql,
             "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
-            " WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+            " WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()",
         )
         assert ended == "3"
         await sidecar.until(lambda now: reconnects(now, "ok") == 3)
@@ -401,9 +403,10 @@ async def test_what_is_not_needed_again_is_not_owed(
 
     for conn in await hold(5):
         await conn.close()
-    server.psql(
+    await asyncio.to_thread(
+        server.psql,
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-        " WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+        " WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()",
     )
     await sidecar.until(lambda now: closed(now, "server_closed") == 5 and now.idle == 2)
     before = reconnects(await sidecar.metrics(), "ok")
@@ -512,7 +515,7 @@ async def test_a_password_that_is_changed_later(
         await sidecar.until(lambda now: now.idle == 3)
         server.psql("ALTER ROLE app PASSWORD 'second'")
         ends = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'app'"
-        server.psql(ends)
+        await asyncio.to_thread(server.psql, ends)
         await sidecar.until(lambda now: not now.is_up)
         with pytest.raises(psycopg.errors.InvalidPassword) as caught:
             await conn.execute("SELECT 1")
