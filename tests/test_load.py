@@ -1,6 +1,6 @@
 """Many clients on a small pool: no error, and PostgreSQL never sees more than the pool's limit.
 
-``PGSIDECAR_TEST_LOAD_SECONDS`` (default 10) is the length of each load.
+``PGSIDECAR_TEST_LOAD_SECONDS`` (default 4) is the length of each load.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from tests.sidecar_process import MakeProcess, MakeService, Metrics, come_true
 
 CLIENTS = 200
 MAX_SIZE = 25
-SECONDS = float(os.environ.get("PGSIDECAR_TEST_LOAD_SECONDS", "10"))
+SECONDS = float(os.environ.get("PGSIDECAR_TEST_LOAD_SECONDS", "4"))
 
 _LOOK_EVERY = 0.02  # seconds
 

@@ -209,6 +209,7 @@ def in_pieces(kind: int, head: bytes, filling: bytes, size: int, tail: bytes) ->
     yield tail
 
 
+@plainly  # with TLS: see the long parameter
 def test_copy_of_1_gib_from_the_client(slow: Slow) -> None:
     """As libpq sends it, and then as one message of a quarter of a GiB."""
     slow.client.send(query("COPY memory FROM STDIN WHERE false"))

@@ -47,10 +47,10 @@ def mode(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=["pool", "user"])
-def whose(request: pytest.FixtureRequest) -> str:
-    """Whose limit it is."""
-    return str(request.param)
+@pytest.fixture
+def whose(mode: str) -> str:
+    """Whose limit it is: each once, for these tests take their time. ``limits_of`` decides for all."""
+    return "pool" if mode == "transaction" else "user"
 
 
 @contextmanager
