@@ -21,7 +21,7 @@ from typing import Any, Final
 from bench.results import BenchFailed
 from sidecar import logs
 from sidecar.config_file import load
-from sidecar.observe.recorder import NullRecorder
+from sidecar.observe.silence import NullRecorder
 from sidecar.service import Service
 
 SHORTEST: Final = 0.00005  # s; shorter stalls are not kept

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import Protocol
 
-from sidecar.work import Failure, Holder, SlowQuery, Statement
+from sidecar.work import Failure, Holder, SlowQuery, Statement, Who
 
 
 class PoolMode(StrEnum):
@@ -262,6 +262,9 @@ class PoolGauges:
     waited: float  # by all who wait now together
     is_up: bool
     holders: Callable[[], list[Holder]]  # at this instant; costs 1 us for each
+    waiters: Callable[[], list[Who]] = list  # at this instant, longest waiting first; 1 us for each
+    is_paused: bool = False  # by someone at the console: clients wait since they are meant to
+    why_down: str = ""  # what the last attempt to open a connection met with; empty if all is well
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,6 +374,9 @@ class PoolObserver(Protocol):
         """A lease is a leak from now on."""
 
     def leak_ended(self, holder: Holder) -> None: ...
+
+    def client_came(self, who: Who) -> None:
+        """A client has logged in."""
 
     def transaction_done(self, committed: bool, took: float) -> None: ...
 

@@ -77,6 +77,7 @@ PURE = (
     *("proxy.pins", "proxy.policy", "proxy.carrier", "proxy.errands", "proxy.limits"),
     *(
         "observe.sketch",
+        "observe.histogram",
         "observe.statements",
         "observe.exposition",
         "observe.catalogue",

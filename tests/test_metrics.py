@@ -26,12 +26,8 @@ from sidecar.events import (
     TimeoutKind,
 )
 from sidecar.observe.exposition import Format, prefix
-from sidecar.observe.recorder import (
-    QUERY_BUCKETS,
-    SQLSTATE_CLASSES,
-    USE_BUCKETS,
-    WAIT_BUCKETS,
-)
+from sidecar.observe.histogram import QUERY_BUCKETS, USE_BUCKETS, WAIT_BUCKETS
+from sidecar.observe.recorder import SQLSTATE_CLASSES
 from tests.metrics_page import IDLE, Labels, Page, fill
 from tests.work import statement
 

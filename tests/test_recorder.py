@@ -25,19 +25,16 @@ from sidecar.events import (
     PoolObserver,
     TimeoutKind,
 )
-from sidecar.observe.recorder import (
+from sidecar.observe.histogram import (
     LAG_BUCKETS,
     OVERHEAD_BUCKETS,
     QUERY_BUCKETS,
-    SQLSTATE_CLASSES,
     USE_BUCKETS,
     WAIT_BUCKETS,
     Histogram,
-    NullPoolRecorder,
-    NullRecorder,
-    PoolRecorder,
-    Recorder,
 )
+from sidecar.observe.recorder import SQLSTATE_CLASSES, PoolRecorder, Recorder
+from sidecar.observe.silence import NullPoolRecorder, NullRecorder
 from tests.work import failure, statement
 
 SELECT = Operation.SELECT

@@ -37,16 +37,14 @@ from sidecar.observe.families import (
     histogram,
     metric,
 )
-from sidecar.observe.recorder import (
-    CLIENT_KEYS,
-    CONNECTION_ERROR_KEYS,
-    ERROR_KEYS,
+from sidecar.observe.histogram import (
     LAG_BUCKETS,
     OVERHEAD_BUCKETS,
     QUERY_BUCKETS,
     USE_BUCKETS,
     WAIT_BUCKETS,
 )
+from sidecar.observe.recorder import CLIENT_KEYS, CONNECTION_ERROR_KEYS, ERROR_KEYS
 from sidecar.observe.sketch import WINDOWS
 
 

@@ -13,7 +13,7 @@ from math import isnan
 from operator import add
 from typing import Generic, Literal, TypeVar
 
-from sidecar.observe.recorder import Histogram
+from sidecar.observe.histogram import Histogram
 
 Kind = Literal["counter", "gauge", "histogram", "summary"]
 

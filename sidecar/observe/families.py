@@ -17,7 +17,8 @@ from sidecar.observe.exposition import (
     number_or_nan,
     prefix,
 )
-from sidecar.observe.recorder import Histogram, PoolRecorder, Recorder
+from sidecar.observe.histogram import Histogram
+from sidecar.observe.recorder import PoolRecorder, Recorder
 
 PREFIX = "pgsidecar_"
 QUANTILES = (0.5, 0.9, 0.99)

@@ -12,7 +12,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from itertools import product
-from math import inf, log
+from math import log
 from typing import Final
 
 from sidecar.events import (
@@ -32,8 +32,17 @@ from sidecar.events import (
     TimeoutKind,
     Traffic,
 )
+from sidecar.observe.histogram import (
+    LAG_BUCKETS,
+    OVERHEAD_BUCKETS,
+    QUERY_BUCKETS,
+    QUERY_EDGE,
+    QUERY_FIRST,
+    USE_BUCKETS,
+    WAIT_BUCKETS,
+    Histogram,
+)
 from sidecar.observe.sketch import (
-    BUCKETS,
     HIGHEST,
     LAST,
     LOWEST,
@@ -41,25 +50,9 @@ from sidecar.observe.sketch import (
     SHIFT,
     RollingPeak,
     RollingQuantiles,
-    index_of,
 )
 from sidecar.observe.statements import StatementTable
-from sidecar.work import OTHER_STATEMENT, Failure, Holder, SlowQuery, Statement
-
-WAIT_BUCKETS: Final[tuple[float, ...]] = (
-    *(0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5),
-    *(1.0, 2.5, 5.0, 10.0, 30.0),
-)
-USE_BUCKETS: Final[tuple[float, ...]] = (*WAIT_BUCKETS, 60.0, 300.0)
-OVERHEAD_BUCKETS: Final[tuple[float, ...]] = (0.00001, 0.000025, 0.00005, *WAIT_BUCKETS)
-LAG_BUCKETS: Final[tuple[float, ...]] = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0)
-QUERY_BUCKETS: Final[tuple[float, ...]] = (
-    *(0.0001, 0.00025, 0.0005, 0.00075, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075),
-    *(0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75),
-    *(1.0, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0),
-)
-"""Upper bounds, seconds. The query list holds OpenTelemetry's advised bounds and 5 s; between 0.25 ms and
-10 s neighbours are at most a factor of 2 apart, since ``histogram_quantile`` is wrong by up to that."""
+from sidecar.work import Failure, Holder, SlowQuery, Statement, Who
 
 # The classes of errcodes.txt in PostgreSQL 18's sources. A function can raise any other.
 SQLSTATE_CLASSES: Final[tuple[str, ...]] = (
@@ -83,44 +76,6 @@ FAILED_ACQUIRES: Final = (
 )
 _WAITED: Final = AcquireOutcome.WAITED
 _IMMEDIATE: Final = AcquireOutcome.IMMEDIATE
-
-
-class Histogram:
-    """Counts by classic buckets: bucket i counts bounds[i-1] < v <= bounds[i], the last what is above."""
-
-    __slots__ = ("bounds", "counts", "total")
-
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.total = 0.0  # sum of the values
-
-    def observe(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.total += value
-
-    def count(self) -> int:
-        return sum(self.counts)
-
-
-def _align(bounds: tuple[float, ...]) -> tuple[list[int], list[float]]:
-    """For each bucket of the sketch: the classic bucket its values belong to, and from where on the next.
-
-    A sketch bucket is 2 % wide, so at most one classic bound lies in it: values above that edge
-    belong to the classic bucket that follows.
-    """
-    first = [0] * BUCKETS
-    edge = [inf] * BUCKETS
-    for bound in bounds:
-        index = index_of(bound)
-        edge[index] = bound
-        first[index + 1 :] = [n + 1 for n in first[index + 1 :]]
-    return first, edge
-
-
-_ALIGNED: Final = _align(QUERY_BUCKETS)
-_QUERY_FIRST: Final = _ALIGNED[0]
-_QUERY_EDGE: Final = _ALIGNED[1]
 
 
 class PoolRecorder:
@@ -221,10 +176,10 @@ class PoolRecorder:
         self._slot[index] += 1
         query = self.queries[statement.operation]
         query.total += took
-        if took > _QUERY_EDGE[index]:
-            query.counts[_QUERY_FIRST[index] + 1] += 1
+        if took > QUERY_EDGE[index]:
+            query.counts[QUERY_FIRST[index] + 1] += 1
         else:
-            query.counts[_QUERY_FIRST[index]] += 1
+            query.counts[QUERY_FIRST[index]] += 1
         if statement.shared is not None:
             statement = self._traced(statement, statement.shared)
         statement.calls += 1
@@ -274,6 +229,9 @@ class PoolRecorder:
         pass
 
     def leak_ended(self, holder: Holder) -> None:
+        pass
+
+    def client_came(self, who: Who) -> None:
         pass
 
     def query_failed(self, failure: Failure) -> None:
@@ -447,53 +405,3 @@ class Recorder:
         """The state of the pools now; every 100 ms."""
         for each in gauges:
             self.pools[each.name].watch(now, each)
-
-
-_ANY: Final = [Statement(OTHER_STATEMENT, "", int(operation)) for operation in Operation]
-
-
-class NullPoolRecorder:
-    """Records nothing, at the cost of the calls: what the benchmark compares recording with."""
-
-    __slots__ = ()
-
-    def acquired(self, outcome: AcquireOutcome, waited: float, used: int) -> None: ...
-    def acquired_at_once(self, used: int) -> None: ...
-    def released(self, held: float) -> None: ...
-    def pinned(self, reason: PinReason) -> None: ...
-    def parsed(self, reused: bool) -> None: ...
-    def statement(self, fingerprint: str, text: str, operation: int) -> Statement:
-        return _ANY[operation]
-
-    def query_done(self, statement: Statement, took: float) -> None: ...
-    def query_slow(self, statement: Statement) -> None: ...
-    def slow_query_seen(self, slow: SlowQuery) -> None: ...
-    def query_failed(self, failure: Failure) -> None: ...
-    def leak_began(self, holder: Holder) -> None: ...
-    def leak_ended(self, holder: Holder) -> None: ...
-    def transaction_done(self, committed: bool, took: float) -> None: ...
-    def overhead(self, took: float) -> None: ...
-    def connection_opened(self, reason: ConnectReason, took: float) -> None: ...
-    def connection_closed(self, reason: CloseReason) -> None: ...
-    def connection_failed(self, phase: Phase, reason: ErrorReason) -> None: ...
-    def reconnected(self, ok: bool) -> None: ...
-    def pinged(self, outcome: PingOutcome, took: float) -> None: ...
-    def timed_out(self, kind: TimeoutKind) -> None: ...
-
-
-class NullRecorder:
-    """The ``events.Observer`` of ``NullPoolRecorder``."""
-
-    def __init__(self) -> None:
-        self.traffic = Traffic()
-
-    def pool(self, name: str) -> NullPoolRecorder:
-        return NullPoolRecorder()
-
-    def pool_traffic(self, name: str) -> Traffic:
-        return self.traffic
-
-    def client_ended(self, listener: Listener, outcome: ClientOutcome) -> None: ...
-    def login_timed_out(self, pool: str | None) -> None: ...
-    def http_request(self, route: str, method: str, code: int, took: float) -> None: ...
-    def loop_lag(self, late: float) -> None: ...

@@ -200,7 +200,14 @@ def holder(pool: str, server: ServerConnection) -> Holder:
 
 
 def gauges(
-    name: str, states: Sequence[State], max_size: int, now: float, *, is_up: bool
+    name: str,
+    states: Sequence[State],
+    max_size: int,
+    now: float,
+    *,
+    is_up: bool,
+    is_paused: bool = False,
+    why_down: str = "",
 ) -> PoolGauges:
     """Of one pool, or of all pools of a template together."""
     firsts = [next(iter(state.waiters)) for state in states if state.waiters]
@@ -216,4 +223,7 @@ def gauges(
         waited=sum(waited(state, now) for state in states),
         is_up=is_up,
         holders=lambda: [holder(name, server) for state in states for server in state.active],
+        waiters=lambda: [waiter.who() for state in states for waiter in state.waiters],
+        is_paused=is_paused,
+        why_down=why_down,
     )

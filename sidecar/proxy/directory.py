@@ -163,12 +163,22 @@ class Directory:
         for name, config in self._config.pools.items():
             if name in self._fixed:
                 pool = self._fixed[name].pool
-                pools, is_up = [pool], pool.opener.is_up
+                pools, is_up, why_down = [pool], pool.opener.is_up, pool.opener.why_down()
             else:
                 pools = list(self._templates[name].members())
-                is_up = not any(map(_is_down, pools))
-            states = [pool.state for pool in pools]
-            found.append(report.gauges(name, states, config.max_size, now, is_up=is_up))
+                down = next(filter(_is_down, pools), None)
+                is_up, why_down = down is None, "" if down is None else down.opener.why_down()
+            found.append(
+                report.gauges(
+                    name,
+                    [pool.state for pool in pools],
+                    config.max_size,
+                    now,
+                    is_up=is_up,
+                    is_paused=name in self.paused,
+                    why_down=why_down,
+                )
+            )
         return found
 
 

@@ -243,6 +243,7 @@ class PgListener:
             relay.tables.clients.add(relay)
             self._places.enter(relay, relay.client.user, relay.tables.pool.name)
             self._sweeper.came(relay)
+            relay.pool.observer.client_came(relay.who())
         self._keys.setdefault(pid, []).append(relay)
 
     def gone(self, relay: Relay | Guest) -> None:
