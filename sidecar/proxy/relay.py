@@ -251,7 +251,7 @@ class Relay:
             self.is_waiting = True
             self._hold_back(data[pos:])
         else:
-            self._attach(server, data[pos:], now)
+            self._attach(server, data[pos:] if pos else data, now)
         return True
 
     def _hold_back(self, data: bytes) -> None:

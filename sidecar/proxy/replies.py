@@ -58,8 +58,6 @@ _ENDS_BY_ITSELF: Final = (m.QUERY, m.SYNC, m.FUNCTION_CALL, expect.REFUSED_QUERY
 _LONGEST: Final = 0x40000000
 """Bytes; PostgreSQL's MaxAllocSize: no message of its is as long."""
 
-_unpack: Final = m.HEADER.unpack_from
-
 
 def rows_of(data: bytes, tag: int) -> int:
     """How many rows a command tag tells: "INSERT 0 5", "SELECT 1", "COPY 3"; 0 for "BEGIN"."""
@@ -177,10 +175,11 @@ class Replies:
         self, server: ServerConnection, data: bytes, pos: int, size: int, now: float
     ) -> int:
         expected = server.expected
-        kind: int  # declared: compiled, these are then plain integers
-        length: int
         while size - pos >= 5:
-            kind, length = _unpack(data, pos)
+            kind = data[pos]
+            length = data[pos + 4]
+            if data[pos + 1] or data[pos + 2] or data[pos + 3]:
+                length = m.length_at(data, pos)
             end = pos + 1 + length
             if length < 4:
                 raise ServerProtocolError(f"invalid message length from the server: {length}")

@@ -182,7 +182,13 @@ class Statements:
 
     def bind(self, server: ServerConnection, data: bytes, pos: int, end: int) -> None:
         query = self.unnamed
-        if query is not None and self.has_unnamed and data.startswith(b"\0\0", pos + 5, end):
+        if (
+            query is not None
+            and self.has_unnamed
+            and end - pos > 6
+            and data[pos + 5] == 0
+            and data[pos + 6] == 0
+        ):
             # the common case, without a call: unnamed portal, unnamed statement, and it is there
             self.bound = query.statement
             if query.effects:
@@ -193,7 +199,7 @@ class Statements:
         server.expected.append(m.BIND)
 
     def describe(self, server: ServerConnection, data: bytes, pos: int, end: int) -> None:
-        if data.startswith(b"S", pos + 5, end):  # a statement, not a portal
+        if end - pos > 5 and data[pos + 5] == 0x53:  # S: a statement, not a portal
             self._use(server, data, pos, end, pos + 6)
         server.expected.append(m.DESCRIBE)
 

@@ -37,8 +37,6 @@ class Unleased:
         Returns the position of the message, or behind it where it needs nothing more. Raises
         ClientProtocolError.
         """
-        kind: int  # declared: compiled, these are then plain integers
-        length: int
         size = len(data)
         self.found = NOTHING
         while pos < size:
@@ -49,7 +47,10 @@ class Unleased:
                 continue
             if size - pos < 5:
                 break
-            kind, length = m.HEADER.unpack_from(data, pos)
+            kind = data[pos]
+            length = data[pos + 4]
+            if data[pos + 1] or data[pos + 2] or data[pos + 3]:
+                length = m.length_at(data, pos)
             if kind not in _NEEDS_SERVER or length < 4 or length >= size - pos:
                 check_header(kind, length)
                 if kind == m.TERMINATE:
