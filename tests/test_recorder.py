@@ -44,6 +44,8 @@ edges = st.sampled_from(QUERY_BUCKETS).flatmap(
     lambda bound: st.sampled_from([bound, math.nextafter(bound, 0), math.nextafter(bound, 100)])
 )
 durations = edges | st.floats(0, 4000) | st.floats(0, 0.01)
+few = [math.nextafter(at, to) for at in (0.0001, 0.0005, 0.005, 60.0) for to in (0, at, 100)]
+anywhere = st.sampled_from(few) | durations  # likely to come twice
 
 
 class Clock:
@@ -342,3 +344,26 @@ def test_the_null_recorder_has_every_call(null, protocol):
     calls = {name for name in vars(protocol) if not name.startswith("_")}
     assert calls
     assert calls <= set(dir(null()))
+
+
+@given(st.lists(st.tuples(st.sampled_from(["query", "transaction", "lease"]), anywhere)))
+def test_queries_transactions_and_leases_are_counted_in_their_buckets(ended):
+    """In any order: what lasts as long as the one before is not looked up again."""
+    recorder = PoolRecorder("main", 5.0, 0.0)
+    queries, transactions, uses = (
+        Histogram(b) for b in (QUERY_BUCKETS, QUERY_BUCKETS, USE_BUCKETS)
+    )
+    for what, took in ended:
+        if what == "query":
+            recorder.query_done(statement(SELECT), took)
+            queries.observe(took)
+        elif what == "transaction":
+            recorder.transaction_done(True, took)
+            transactions.observe(took)
+        else:
+            recorder.released(took)
+            uses.observe(took)
+
+    assert recorder.queries[SELECT].counts == queries.counts
+    assert recorder.transactions.counts == transactions.counts
+    assert recorder.uses.counts == uses.counts

@@ -61,3 +61,7 @@ def _align(bounds: tuple[float, ...]) -> tuple[list[int], list[float]]:
 _ALIGNED: Final = _align(QUERY_BUCKETS)
 QUERY_FIRST: Final = _ALIGNED[0]
 QUERY_EDGE: Final = _ALIGNED[1]
+
+_USES_ALIGNED: Final = _align(USE_BUCKETS)
+USE_FIRST: Final = _USES_ALIGNED[0]
+USE_EDGE: Final = _USES_ALIGNED[1]
