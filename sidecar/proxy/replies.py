@@ -61,6 +61,8 @@ _LONGEST: Final = 0x40000000
 
 def rows_of(data: bytes, tag: int) -> int:
     """How many rows a command tag tells: "INSERT 0 5", "SELECT 1", "COPY 3"; 0 for "BEGIN"."""
+    if data[tag : tag + 9] == b"SELECT 1\0":
+        return 1  # the most frequent one: 0.06 us, the rest is 0.35
     end = data.find(0, tag)
     number = data[data.rfind(b" ", tag, end) + 1 : end]
     return int(number) if number.isdigit() else 0

@@ -194,7 +194,9 @@ class Statements:
             if query.effects:
                 suspect(server, query)
         else:
-            name = end_of(data, pos + 5, end) + 1  # behind the portal's
+            # behind the portal's, which mostly has none
+            is_unnamed = end - pos > 5 and data[pos + 5] == 0
+            name = (pos + 5 if is_unnamed else end_of(data, pos + 5, end)) + 1
             self._use(server, data, pos, end, name)
         server.expected.append(m.BIND)
 
