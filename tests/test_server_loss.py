@@ -12,6 +12,7 @@ import psycopg
 import pytest
 
 from sidecar.demo.postgres import EmbeddedPostgres
+from sidecar.pool.state import ConnectionState
 from tests.conftest import MakePostgres
 from tests.sidecar_process import (
     MakeService,
@@ -387,6 +388,25 @@ async def test_lost_idle_connections_are_replaced_unnoticed(
     metrics = await until_recovered(sidecar)
     assert metrics.errors == {}
     assert closed(metrics, "server_closed") == 3
+
+
+async def test_a_stall_of_our_own_is_not_taken_for_the_servers(
+    postgres: EmbeddedPostgres, make_service: MakeService
+) -> None:
+    """A ping whose answer is there, but could not be read in time, is a good one."""
+    options = {"min_idle": 3, "max_size": 3, "ping_interval": "20ms", "ping_timeout": "100ms"}
+    sidecar = await make_service(postgres.dsn(), **options)
+    await sidecar.until(lambda now: now.idle == 3)
+    checking = sidecar.pool.state.by_state[ConnectionState.CHECKING]
+    for _ in range(5):
+        while not checking:  # noqa: ASYNC110  step by step of the loop
+            await asyncio.sleep(0)
+        time.sleep(0.25)  # noqa: ASYNC251  the ping is out, its answer not read
+        while checking:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    metrics = await until_recovered(sidecar)
+    assert closed(metrics, "ping_timeout") == 0
+    assert metrics.value("pgsidecar_pings_total", pool="main", outcome="ok") > 0
 
 
 async def test_what_is_not_needed_again_is_not_owed(
