@@ -23,7 +23,7 @@ from sidecar.events import (
 from sidecar.observe.exposition import Format
 from sidecar.observe.metrics import MetricsText
 from sidecar.observe.recorder import Recorder
-from tests.work import failure, statement
+from tests.work import failure, gauges, holder, statement
 
 Labels = frozenset[tuple[str, str]]
 
@@ -137,3 +137,7 @@ def fill(page: Page) -> None:
     pool.transaction_done(False, 0.01)
     pool.overhead(0.00002)
     pool.released(45.0)
+    for server in (1, 2):
+        pool.leak_began(holder(server))
+    pool.leak_ended(holder(1))
+    pool.watch(page.now, gauges(waited=3.0, holders=[holder(1), holder(2, "batch")]))

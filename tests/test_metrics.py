@@ -70,6 +70,9 @@ pins_total                                  counter    reason
 prepared_statements                         gauge
 prepared_parses_total                       counter    result
 proxy_overhead_seconds                      histogram
+leaked_connections                          gauge
+leaks_total                                 counter
+blamed_wait_seconds_total                   counter    application
 """
 SIDECAR = """
 client_connections                          gauge      listener

@@ -56,6 +56,7 @@ def catalogue(pools: Iterable[str], revision: str) -> Iterable[Family[Scrape]]:
     yield from _query_families(per_pool)
     yield from _transaction_families(per_pool)
     yield from _state_families(per_pool)
+    yield from _reason_families(per_pool)
     yield from _client_families()
     yield from _sidecar_families(revision)
 
@@ -257,6 +258,26 @@ def _state_families(pools: PerPool) -> Iterable[ScrapeFamily]:
     )
 
 
+def _reason_families(pools: PerPool) -> Iterable[ScrapeFamily]:
+    """Who keeps others waiting."""
+    yield pools.metric(
+        "leaked_connections",
+        "Server connections that are leaks now: leased, or in a transaction, for too long.",
+        lambda pool: [len(pool.recorder.leaks)],
+    )
+    yield pools.metric(
+        "leaks_total",
+        "Leases that became leaks.",
+        lambda pool: [pool.recorder.leaks_began],
+    )
+    yield Family(
+        PREFIX + "blamed_wait_seconds_total",
+        "counter",
+        "Time that clients waited for a connection, charged to those who held the connections meanwhile.",
+        _blame_lines,
+    )
+
+
 def _transaction_families(pools: PerPool) -> Iterable[ScrapeFamily]:
     """Transactions, timeouts and the sidecar's own part in the time."""
     yield pools.histogram(
@@ -375,6 +396,14 @@ def _pool_info_lines(scrape: Scrape) -> Iterable[str]:
             "mode": snapshot.mode,
         }
         yield prefix(PREFIX + "pool_info", labels) + "1"
+
+
+def _blame_lines(scrape: Scrape) -> Iterable[str]:
+    name = PREFIX + "blamed_wait_seconds_total"
+    for pool in scrape.pools:
+        for application, seconds in pool.recorder.blame.by_application().items():
+            labels = {"pool": pool.recorder.name, "application": application}
+            yield prefix(name, labels) + repr(seconds)
 
 
 def _network_bytes(scrape: Scrape) -> Iterable[int]:

@@ -31,6 +31,8 @@ from sidecar.events import (
     TimeoutKind,
     Traffic,
 )
+from sidecar.observe.blame import Blame
+from sidecar.observe.failures import FailureTable
 from sidecar.observe.histogram import (
     LAG_BUCKETS,
     OVERHEAD_BUCKETS,
@@ -54,7 +56,7 @@ from sidecar.observe.sketch import (
     index_of,
 )
 from sidecar.observe.statements import StatementTable
-from sidecar.work import Failure, Holder, SlowQuery, Statement, Who
+from sidecar.work import Blocker, Failure, Holder, SlowQuery, Statement, Who
 
 # The classes of errcodes.txt in PostgreSQL 18's sources. A function can raise any other.
 SQLSTATE_CLASSES: Final[tuple[str, ...]] = (
@@ -91,6 +93,7 @@ class PoolRecorder:
         "_failed_acquires",
         "_immediate",
         "_index",
+        "_now",
         "_peak",
         "_rollbacks",
         "_slot",
@@ -98,11 +101,16 @@ class PoolRecorder:
         "_used",
         "_waited",
         "_waits",
+        "blame",
+        "blocked",
         "closed",
         "connection_errors",
         "creates",
         "errors",
+        "failures",
         "latency",
+        "leaks",
+        "leaks_began",
         "name",
         "opened",
         "overheads",
@@ -125,6 +133,7 @@ class PoolRecorder:
         self.name = name
         self.slow_query_threshold = slow_query_threshold  # seconds
 
+        self._now = now  # as of the last ``tick``
         self._immediate = 0
         self._waited = 0
         self._failed_acquires = dict.fromkeys(FAILED_ACQUIRES, 0)
@@ -143,6 +152,12 @@ class PoolRecorder:
         self._index = 0
         self.statements = StatementTable()
         self.errors = dict.fromkeys(ERROR_KEYS, 0)
+        self.failures = FailureTable()
+        self.blame = Blame()
+        self.blocked: dict[int, Blocker] = {}
+        """Whom the leases wait for in the end that wait for a lock, by the id of their connection."""
+        self.leaks: dict[int, Holder] = {}  # while they last, as they began; by the same
+        self.leaks_began = 0
         self.transactions = Histogram(QUERY_BUCKETS)
         self._rollbacks = 0
         self.overheads = Histogram(OVERHEAD_BUCKETS)
@@ -242,10 +257,11 @@ class PoolRecorder:
         pass
 
     def leak_began(self, holder: Holder) -> None:
-        pass
+        self.leaks[holder.server] = holder
+        self.leaks_began += 1
 
     def leak_ended(self, holder: Holder) -> None:
-        pass
+        self.leaks.pop(holder.server, None)
 
     def client_came(self, who: Who) -> None:
         pass
@@ -256,6 +272,7 @@ class PoolRecorder:
         if key not in self.errors:
             key = (origin, OTHER)
         self.errors[key] += 1
+        self.failures.note(failure, self._now)
 
     def overhead(self, took: float) -> None:
         self.overheads.observe(took)
@@ -322,11 +339,13 @@ class PoolRecorder:
         return self._peak.value()
 
     def tick(self, now: float) -> None:
+        self._now = now
         self.latency.advance(now)
         self._peak.advance(now, self._used)
 
     def watch(self, now: float, gauges: PoolGauges) -> None:
         """The state of the pool now; every 100 ms."""
+        self.blame.watch(now, self._waits.total, gauges, self.blocked)
 
 
 class SharedPoolRecorder(PoolRecorder):
@@ -340,6 +359,11 @@ class SharedPoolRecorder(PoolRecorder):
     def acquired(self, outcome: AcquireOutcome, waited: float, used: int) -> None:
         is_lease = outcome is _WAITED or outcome is _IMMEDIATE
         super().acquired(outcome, waited, self._used + 1 if is_lease else self._used)
+
+
+def _recorder_of(name: str, threshold: float, now: float) -> PoolRecorder:
+    kind = SharedPoolRecorder if "*" in name else PoolRecorder
+    return kind(name, threshold, now)
 
 
 class Recorder:
@@ -357,8 +381,7 @@ class Recorder:
         now = clock()
         self.pools: dict[str, PoolRecorder] = {}
         for name, threshold in pools:
-            kind = SharedPoolRecorder if "*" in name else PoolRecorder
-            self.pools[name] = kind(name, threshold, now)
+            self.pools[name] = _recorder_of(name, threshold, now)
         self.traffic = Traffic()  # of logins
         self.clients = dict.fromkeys(CLIENT_KEYS, 0)
         self.logins_timed_out = 0  # before the client had named its pool
@@ -377,7 +400,7 @@ class Recorder:
         before = self.pools
         self.pools = {}
         for name, threshold in pools:
-            recorder = before.get(name) or PoolRecorder(name, threshold, now)
+            recorder = before.get(name) or _recorder_of(name, threshold, now)
             recorder.slow_query_threshold = threshold
             self.pools[name] = recorder
         for name in before.keys() - self.pools.keys():  # a counter never falls
