@@ -67,7 +67,6 @@ PURE = (
     *(
         "pool.state",
         "pool.budget",
-        "pool.leaks",
         "proxy.scrub",
         "proxy.texts",
         "proxy.expect",
@@ -79,9 +78,8 @@ PURE = (
     *(
         "observe.sketch",
         "observe.histogram",
-        "observe.blame",
-        "observe.failures",
         "observe.statements",
+        "observe.exported",
         "observe.exposition",
         "observe.catalogue",
         "observe.families",
