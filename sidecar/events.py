@@ -59,6 +59,7 @@ class CloseReason(StrEnum):
     QUERY_TIMEOUT = "query_timeout"  # cancelled in vain
     TRANSACTION_TIMEOUT = "transaction_timeout"
     IDLE_IN_TRANSACTION_TIMEOUT = "idle_in_transaction_timeout"
+    LEAK = "leak"  # of a client that was closed for it (leak_action: close)
     BUDGET = "budget"  # another pool of the template needs its place
     RECONNECT = "reconnect"  # someone told us to replace it
     KILLED = "killed"  # someone told us to end it

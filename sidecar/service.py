@@ -53,10 +53,7 @@ class Service:
         self._source: Final = source
         self._reloading: Final = asyncio.Lock()
         self.recorder: Final = Recorder(
-            [(pool.name, pool.slow_query_threshold) for pool in config.pools.values()],
-            clock,
-            config.statements.limit,
-            config.statements.exported,
+            [(pool.name, pool.slow_query_threshold) for pool in config.pools.values()], clock
         )
         self._observer: Final[Observer] = self.recorder if observer is None else observer
         self.operations: Final = Operations(config, self.recorder, self.shut_down, self.reload)

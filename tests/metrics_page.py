@@ -23,8 +23,7 @@ from sidecar.events import (
 from sidecar.observe.exposition import Format
 from sidecar.observe.metrics import MetricsText
 from sidecar.observe.recorder import Recorder
-from sidecar.work import Statement
-from tests.work import failure, statement
+from tests.work import failure, gauges, holder, statement
 
 Labels = frozenset[tuple[str, str]]
 
@@ -72,15 +71,6 @@ class Page:
             revision="abc123",
         )
 
-    def call(
-        self, fingerprint: str, operation: Operation = Operation.SELECT, took: float = 0.001
-    ) -> Statement:
-        """Of pool ``main``."""
-        pool = self.recorder.pool("main")
-        called = pool.statement(fingerprint, f"SELECT {fingerprint}", int(operation))
-        pool.query_done(called, took)
-        return called
-
     def samples(self, format: Format = Format.TEXT) -> dict[str, dict[Labels, float]]:
         """The value of every sample, by name and labels, as the library reads them."""
         parse = parse_text if format is Format.TEXT else parse_openmetrics
@@ -123,7 +113,7 @@ def fill(page: Page) -> None:
             pool.acquired(outcome, 0.02, number)
     for number, operation in enumerate(Operation, 1):
         for _ in range(number):
-            page.call(operation.label, operation, 0.001 * number)
+            pool.query_done(statement(operation), 0.001 * number)
             pool.query_slow(statement(operation))
     for number, connect_reason in enumerate(ConnectReason, 1):
         for _ in range(number):
@@ -147,3 +137,7 @@ def fill(page: Page) -> None:
     pool.transaction_done(False, 0.01)
     pool.overhead(0.00002)
     pool.released(45.0)
+    for server in (1, 2):
+        pool.leak_began(holder(server))
+    pool.leak_ended(holder(1))
+    pool.watch(page.now, gauges(waited=3.0, holders=[holder(1), holder(2, "batch")]))

@@ -67,6 +67,7 @@ PURE = (
     *(
         "pool.state",
         "pool.budget",
+        "pool.leaks",
         "proxy.scrub",
         "proxy.texts",
         "proxy.expect",
@@ -78,8 +79,9 @@ PURE = (
     *(
         "observe.sketch",
         "observe.histogram",
+        "observe.blame",
+        "observe.failures",
         "observe.statements",
-        "observe.exported",
         "observe.exposition",
         "observe.catalogue",
         "observe.families",

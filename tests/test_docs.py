@@ -19,9 +19,8 @@ from tests.metrics_page import IDLE, Page, fill
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 ANY_VALUE = {"pool", "database", "user", "server", "mode", "sqlstate_class", "route", "method"} | {
-    *("code", "version", "revision", "python_version"),
+    *("code", "application", "version", "revision", "python_version"),
     *("implementation", "major", "minor", "patchlevel"),
-    *("fingerprint", "query"),
 }
 """Labels whose values come from the configuration or are too many to be listed."""
 

@@ -29,6 +29,7 @@ from sidecar.observe.exposition import (
 )
 from sidecar.observe.families import (
     PREFIX,
+    QUANTILES,
     PerPool,
     Scrape,
     ScrapeFamily,
@@ -44,7 +45,7 @@ from sidecar.observe.histogram import (
     WAIT_BUCKETS,
 )
 from sidecar.observe.recorder import CLIENT_KEYS, CONNECTION_ERROR_KEYS, ERROR_KEYS
-from sidecar.observe.sketch import QUANTILES, WINDOWS
+from sidecar.observe.sketch import WINDOWS
 
 
 def catalogue(pools: Iterable[str], revision: str) -> Iterable[Family[Scrape]]:
@@ -53,9 +54,9 @@ def catalogue(pools: Iterable[str], revision: str) -> Iterable[Family[Scrape]]:
     yield from _pool_families(per_pool)
     yield from _connection_families(per_pool)
     yield from _query_families(per_pool)
-    yield from _statement_families(per_pool)
     yield from _transaction_families(per_pool)
     yield from _state_families(per_pool)
+    yield from _reason_families(per_pool)
     yield from _client_families()
     yield from _sidecar_families(revision)
 
@@ -188,7 +189,6 @@ def _query_families(pools: PerPool) -> Iterable[ScrapeFamily]:
         QUERY_BUCKETS,
         lambda pool: pool.queries,
         operations,
-        lambda pool: pool.exemplars,
     )
     yield pools.quantiles(
         "query_latency_seconds",
@@ -231,46 +231,6 @@ def _query_families(pools: PerPool) -> Iterable[ScrapeFamily]:
     )
 
 
-def _statement_families(pools: PerPool) -> Iterable[ScrapeFamily]:
-    """The statements that matter most, and how well the table of them does."""
-    yield pools.of_statements(
-        "statement_calls_total",
-        "counter",
-        "Queries that ended, failed ones included, by statement.",
-    )
-    yield pools.of_statements(
-        "statement_seconds_total",
-        "counter",
-        "Time from forwarding queries to their end, by statement.",
-    )
-    yield pools.of_statements(
-        "statement_errors_total",
-        "counter",
-        "Errors sent to clients, by the statement that failed.",
-    )
-    yield pools.of_statements(
-        "statement_rows_total", "counter", "Rows returned or affected, by statement."
-    )
-    yield pools.of_statements(
-        "statement_latency_seconds",
-        "summary",
-        "Rolling quantile of query durations within 5 minutes, at most 1 % off; NaN without samples.",
-    )
-    yield pools.of_statements(
-        "statement_info", "gauge", "The normalised text of a statement; always 1."
-    )
-    yield pools.metric(
-        "statements_tracked",
-        "Statements told apart now.",
-        lambda pool: [len(pool.recorder.statements)],
-    )
-    yield pools.metric(
-        "statements_evicted_total",
-        "Statements that made room for others, with their figures.",
-        lambda pool: [pool.recorder.statements.evicted],
-    )
-
-
 def _state_families(pools: PerPool) -> Iterable[ScrapeFamily]:
     """What clients leave on server connections."""
     yield pools.metric(
@@ -295,6 +255,26 @@ def _state_families(pools: PerPool) -> Iterable[ScrapeFamily]:
         "Named statements needed on a server connection that had them (reused) or not (parsed).",
         lambda pool: pool.recorder.parses.values(),
         each(result=("reused", "parsed")),
+    )
+
+
+def _reason_families(pools: PerPool) -> Iterable[ScrapeFamily]:
+    """Who keeps others waiting."""
+    yield pools.metric(
+        "leaked_connections",
+        "Server connections that are leaks now: leased, or in a transaction, for too long.",
+        lambda pool: [len(pool.recorder.leaks)],
+    )
+    yield pools.metric(
+        "leaks_total",
+        "Leases that became leaks.",
+        lambda pool: [pool.recorder.leaks_began],
+    )
+    yield Family(
+        PREFIX + "blamed_wait_seconds_total",
+        "counter",
+        "Time that clients waited for a connection, charged to those who held the connections meanwhile.",
+        _blame_lines,
     )
 
 
@@ -416,6 +396,14 @@ def _pool_info_lines(scrape: Scrape) -> Iterable[str]:
             "mode": snapshot.mode,
         }
         yield prefix(PREFIX + "pool_info", labels) + "1"
+
+
+def _blame_lines(scrape: Scrape) -> Iterable[str]:
+    name = PREFIX + "blamed_wait_seconds_total"
+    for pool in scrape.pools:
+        for application, seconds in pool.recorder.blame.by_application().items():
+            labels = {"pool": pool.recorder.name, "application": application}
+            yield prefix(name, labels) + repr(seconds)
 
 
 def _network_bytes(scrape: Scrape) -> Iterable[int]:

@@ -17,9 +17,9 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from sidecar.events import PoolSnapshot
 from sidecar.observe.catalogue import catalogue
 from sidecar.observe.exposition import Exposition, Format
-from sidecar.observe.families import ClientCounts, PoolScrape, Scrape
+from sidecar.observe.families import QUANTILES, ClientCounts, PoolScrape, Scrape
 from sidecar.observe.recorder import PoolRecorder, Recorder
-from sidecar.observe.sketch import QUANTILES, WINDOWS
+from sidecar.observe.sketch import WINDOWS
 
 
 class MetricsText:
@@ -62,7 +62,7 @@ class MetricsText:
             self._build()
         snapshots = {snapshot.name: snapshot for snapshot in self.pools()}
         pools = [
-            PoolScrape(pool, snapshots[name], _latency(pool, now), pool.statement_lines())
+            PoolScrape(pool, snapshots[name], _latency(pool, now))
             for name, pool in self._recorder.pools.items()
         ]
         scrape = Scrape(self._recorder, pools, self._clients(), self._took)

@@ -31,7 +31,8 @@ from sidecar.events import (
     TimeoutKind,
     Traffic,
 )
-from sidecar.observe.exported import EXPORTED, ExportedStatements, Lines
+from sidecar.observe.blame import Blame
+from sidecar.observe.failures import FailureTable
 from sidecar.observe.histogram import (
     LAG_BUCKETS,
     OVERHEAD_BUCKETS,
@@ -54,8 +55,8 @@ from sidecar.observe.sketch import (
     RollingQuantiles,
     index_of,
 )
-from sidecar.observe.statements import LIMIT, StatementTable
-from sidecar.work import Failure, Holder, SlowQuery, Statement, Trace, Who
+from sidecar.observe.statements import StatementTable
+from sidecar.work import Blocker, Failure, Holder, SlowQuery, Statement, Who
 
 # The classes of errcodes.txt in PostgreSQL 18's sources. A function can raise any other.
 SQLSTATE_CLASSES: Final[tuple[str, ...]] = (
@@ -77,9 +78,6 @@ FAILED_ACQUIRES: Final = (
     AcquireOutcome.REJECTED,
     AcquireOutcome.CANCELLED,
 )
-Exemplar = tuple[Trace, float, float]
-"""The trace context of a query, how long it took, and the Unix time of its end."""
-
 _WAITED: Final = AcquireOutcome.WAITED
 _IMMEDIATE: Final = AcquireOutcome.IMMEDIATE
 
@@ -95,6 +93,7 @@ class PoolRecorder:
         "_failed_acquires",
         "_immediate",
         "_index",
+        "_now",
         "_peak",
         "_rollbacks",
         "_slot",
@@ -102,14 +101,16 @@ class PoolRecorder:
         "_used",
         "_waited",
         "_waits",
+        "blame",
+        "blocked",
         "closed",
         "connection_errors",
         "creates",
         "errors",
-        "exemplars",
-        "exported",
-        "failed_statements",
+        "failures",
         "latency",
+        "leaks",
+        "leaks_began",
         "name",
         "opened",
         "overheads",
@@ -128,17 +129,11 @@ class PoolRecorder:
         "uses",
     )
 
-    def __init__(
-        self,
-        name: str,
-        slow_query_threshold: float,
-        now: float,
-        limit: int = LIMIT,
-        exported: int = EXPORTED,
-    ) -> None:
+    def __init__(self, name: str, slow_query_threshold: float, now: float) -> None:
         self.name = name
         self.slow_query_threshold = slow_query_threshold  # seconds
 
+        self._now = now  # as of the last ``tick``
         self._immediate = 0
         self._waited = 0
         self._failed_acquires = dict.fromkeys(FAILED_ACQUIRES, 0)
@@ -155,11 +150,14 @@ class PoolRecorder:
         # began with them: they all last equally long.
         self._took = 0.0
         self._index = 0
-        self.exemplars: list[dict[int, Exemplar]] = [{} for _ in Operation]  # by bucket
-        self.statements = StatementTable(limit, now)
-        self.exported = ExportedStatements(name, self.statements, exported, now)
+        self.statements = StatementTable()
         self.errors = dict.fromkeys(ERROR_KEYS, 0)
-        self.failed_statements = 0  # errors of which the statement is known
+        self.failures = FailureTable()
+        self.blame = Blame()
+        self.blocked: dict[int, Blocker] = {}
+        """Whom the leases wait for in the end that wait for a lock, by the id of their connection."""
+        self.leaks: dict[int, Holder] = {}  # while they last, as they began; by the same
+        self.leaks_began = 0
         self.transactions = Histogram(QUERY_BUCKETS)
         self._rollbacks = 0
         self.overheads = Histogram(OVERHEAD_BUCKETS)
@@ -208,8 +206,8 @@ class PoolRecorder:
         query.total += took
         place = QUERY_FIRST[index] + 1 if took > QUERY_EDGE[index] else QUERY_FIRST[index]
         query.counts[place] = query.counts[place] + 1
-        if statement.is_retired:
-            statement = self._home(statement, took, place)
+        if statement.shared is not None:
+            statement = self._traced(statement, statement.shared)
         statement.calls += 1
         statement.seconds += took
         if took > statement.longest:
@@ -217,18 +215,10 @@ class PoolRecorder:
         recent = statement.recent
         recent[index] = recent.get(index, 0) + 1
 
-    def _home(self, statement: Statement, took: float, bucket: int) -> Statement:
-        """Where the figures go: ``statement`` is an execution that has a trace context, or is not in
-        the table any more."""
-        shared = statement.shared
-        if shared is None:
-            return self.statements.home(statement)
-        if statement.trace is not None:
-            exemplars = self.exemplars[statement.operation]
-            exemplars[bucket] = (statement.trace, took, time.time())
-        shared.rows += statement.rows
-        statement.rows = 0
-        return self.statements.home(shared) if shared.is_retired else shared
+    def _traced(self, execution: Statement, statement: Statement) -> Statement:
+        """One execution that has a trace context."""
+        statement.rows += execution.rows
+        return statement
 
     def transaction_done(self, committed: bool, took: float) -> None:
         if took != self._took:
@@ -267,10 +257,11 @@ class PoolRecorder:
         pass
 
     def leak_began(self, holder: Holder) -> None:
-        pass
+        self.leaks[holder.server] = holder
+        self.leaks_began += 1
 
     def leak_ended(self, holder: Holder) -> None:
-        pass
+        self.leaks.pop(holder.server, None)
 
     def client_came(self, who: Who) -> None:
         pass
@@ -281,9 +272,7 @@ class PoolRecorder:
         if key not in self.errors:
             key = (origin, OTHER)
         self.errors[key] += 1
-        if failure.statement is not None:
-            self.failed_statements += 1
-            self.statements.failed(failure.statement, failure.sqlstate)
+        self.failures.note(failure, self._now)
 
     def overhead(self, took: float) -> None:
         self.overheads.observe(took)
@@ -345,27 +334,18 @@ class PoolRecorder:
     def committed_and_rolled_back(self) -> tuple[int, int]:
         return self.transactions.count() - self._rollbacks, self._rollbacks
 
-    def statement_lines(self) -> Lines:
-        """What statements have in ``/metrics``, now."""
-        queries = self.queries
-        calls = sum([query.count() for query in queries])
-        seconds = sum([query.total for query in queries])
-        return self.exported.scrape(
-            (calls, seconds, self.failed_statements, self.statements.rows())
-        )
-
     def used_peak(self) -> int:
         """The most leases at once within the last minute, as of the last ``tick``."""
         return self._peak.value()
 
     def tick(self, now: float) -> None:
+        self._now = now
         self.latency.advance(now)
         self._peak.advance(now, self._used)
-        self.statements.tick(now)
-        self.exported.tick(now)
 
     def watch(self, now: float, gauges: PoolGauges) -> None:
         """The state of the pool now; every 100 ms."""
+        self.blame.watch(now, self._waits.total, gauges, self.blocked)
 
 
 class SharedPoolRecorder(PoolRecorder):
@@ -381,39 +361,33 @@ class SharedPoolRecorder(PoolRecorder):
         super().acquired(outcome, waited, self._used + 1 if is_lease else self._used)
 
 
+def _recorder_of(name: str, threshold: float, now: float) -> PoolRecorder:
+    kind = SharedPoolRecorder if "*" in name else PoolRecorder
+    return kind(name, threshold, now)
+
+
 class Recorder:
     """What happened in the sidecar since the start. Implements ``events.Observer``.
 
-    ``pools`` gives the name and the slow-query threshold (seconds) of each pool; ``limit`` is how many
-    statements of each are told apart, and ``exported`` how many of them have series of their own.
+    ``pools`` gives the name and the slow-query threshold (seconds) of each pool.
     """
 
     def __init__(
-        self,
-        pools: Sequence[tuple[str, float]],
-        clock: Callable[[], float] = time.monotonic,
-        limit: int = LIMIT,
-        exported: int = EXPORTED,
+        self, pools: Sequence[tuple[str, float]], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.clock = clock
-        self._limit = limit
-        self._exported = exported
         self.config_read_at = time.time()
         self.is_config_read = True  # the last attempt went well
         now = clock()
         self.pools: dict[str, PoolRecorder] = {}
         for name, threshold in pools:
-            self.pools[name] = self._new(name, threshold, now)
+            self.pools[name] = _recorder_of(name, threshold, now)
         self.traffic = Traffic()  # of logins
         self.clients = dict.fromkeys(CLIENT_KEYS, 0)
         self.logins_timed_out = 0  # before the client had named its pool
         self.http_requests: dict[tuple[str, str, int], int] = {}  # by route, method, code
         self.http_durations: dict[str, Histogram] = {}  # by route
         self.lags = Histogram(LAG_BUCKETS)
-
-    def _new(self, name: str, threshold: float, now: float) -> PoolRecorder:
-        kind = SharedPoolRecorder if "*" in name else PoolRecorder
-        return kind(name, threshold, now, self._limit, self._exported)
 
     def pool(self, name: str) -> PoolRecorder:
         return self.pools[name]
@@ -426,7 +400,7 @@ class Recorder:
         before = self.pools
         self.pools = {}
         for name, threshold in pools:
-            recorder = before.get(name) or self._new(name, threshold, now)
+            recorder = before.get(name) or _recorder_of(name, threshold, now)
             recorder.slow_query_threshold = threshold
             self.pools[name] = recorder
         for name in before.keys() - self.pools.keys():  # a counter never falls

@@ -196,8 +196,8 @@ class Pool:
         self.state.enqueue(waiter)
         self.opener.grow(now)
 
-    def _refused(self) -> None:
-        self.observer.acquired(AcquireOutcome.REJECTED, 0.0, len(self.state.active))
+    def _refused(self, waited: float = 0.0) -> None:
+        self.observer.acquired(AcquireOutcome.REJECTED, waited, len(self.state.active))
         self.observer.connection_failed(Phase.ACQUIRE, ErrorReason.REJECTED)
 
     def abandon(self, waiter: Waiter, now: float) -> None:
@@ -368,7 +368,7 @@ class Pool:
     def _refuse_all(self, error: SidecarError) -> None:
         """Nobody needs to wait any longer."""
         while (waiter := self.state.next_waiter()) is not None:
-            self._refused()
+            self._refused(clock() - waiter.waiting_since)
             waiter.refused(error)
 
     def _add(self) -> ServerConnection:

@@ -5,6 +5,7 @@ ends, and when, the ``relay`` decides.
 """
 
 import logging
+from typing import Final
 
 from sidecar.errors import ServerConnectionLost, ServerProtocolError, SidecarError
 from sidecar.events import CloseReason, ErrorOrigin, ErrorReason, Phase
@@ -12,10 +13,17 @@ from sidecar.pool.pool import Pool
 from sidecar.pool.server import ServerConnection
 from sidecar.protocol import messages as m
 from sidecar.proxy.replies import Replies
-from sidecar.proxy.tables import Client
+from sidecar.proxy.tables import Client, PoolTables
+from sidecar.proxy.texts import Texts
 from sidecar.work import Failure, Statement, Who
 
 log = logging.getLogger("pgsidecar.proxy")
+
+_NO_ERRORS: Final = ("57P01", "57P05")
+"""The sidecar or an administrator ends the session, or it was idle for too long."""
+
+_IDENTIFIED: Final = 16 * 1024
+"""Bytes of a message; where many are refused, to know what they wanted must not take long."""
 
 
 def give_up(
@@ -79,10 +87,33 @@ def report(
     )
 
 
-def farewell(pool: Pool, error: SidecarError, who: Who, *, is_error: bool) -> bytes:
+def refusal(tables: PoolTables, error: SidecarError, who: Who, data: bytes, pos: int) -> bytes:
+    """The same for a cycle that gets no connection; it begins here."""
+    return report(tables.pool, error, "ERROR", who, _statement_at(tables.texts, data, pos))
+
+
+def _statement_at(texts: Texts, data: bytes, pos: int) -> Statement | None:
+    """The statement that a cycle begins with, where its first message says which."""
+    if len(data) - pos < 5:
+        return None
+    kind, length = m.HEADER.unpack_from(data, pos)
+    end = pos + 1 + length
+    if kind not in (m.QUERY, m.PARSE) or end > len(data) or length > _IDENTIFIED:
+        return None
+    if kind == m.QUERY:
+        return _of(texts.query(data[pos + 5 : end - 1]).statement)
+    text = data.find(0, pos + 5, end) + 1
+    return _of(texts.parse(data[text : max(text, data.find(0, text, end))]).statement)
+
+
+def _of(statement: Statement) -> Statement:
+    return statement.shared or statement
+
+
+def farewell(pool: Pool, error: SidecarError, who: Who, statement: Statement | None) -> bytes:
     """The last ErrorResponse of a session. One that had to end is not an error."""
-    if is_error:
-        return report(pool, error, "FATAL", who)
+    if error.sqlstate not in _NO_ERRORS:
+        return report(pool, error, "FATAL", who, statement)
     return m.error_response("FATAL", error.sqlstate, error.message, hint=error.hint)
 
 

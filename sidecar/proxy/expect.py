@@ -12,6 +12,8 @@ from typing import Final
 from sidecar.pool.server import ServerConnection
 from sidecar.protocol import messages as m
 from sidecar.proxy.prepared import Prepared
+from sidecar.sql import Query
+from sidecar.work import Statement
 
 # Codes below any message type. The first two have no reply of the server's own.
 FAKE_PARSE: Final = 1  # the client's Parse was not sent: the statement is there; we answer
@@ -85,6 +87,21 @@ def skip_to_sync(server: ServerConnection) -> int:
         _undo(server, code, undo)
     server.is_skipping = not expected
     return queries
+
+
+def failing(server: ServerConnection, unnamed: Query | None) -> Statement | None:
+    """The statement that an error is about which comes now, if it is known. ``unnamed``: what the client
+    prepared last without a name."""
+    head = server.expected[0] if server.expected else 0
+    found: Statement | None = None
+    if server.queries:
+        found = server.queries[0]
+    elif head in (PARSE_NAMED, OUR_PARSE):
+        undo: Undo = server.undo[0]
+        found = undo[2].query.statement
+    elif head == m.PARSE and unnamed is not None:
+        found = unnamed.statement
+    return None if found is None else found.shared or found
 
 
 def has_cycles(server: ServerConnection) -> bool:

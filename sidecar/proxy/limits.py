@@ -75,7 +75,8 @@ _NO_ENTRY: Final = UserConfig.model_construct()
 class Over:
     """A limit that has run out, and how the client's session ends."""
 
-    kind: TimeoutKind
+    kind: TimeoutKind | None
+    """None: it is counted elsewhere."""
     reason: CloseReason
     """Of the server connection, where it cannot be used any more."""
     sqlstate: str
@@ -121,6 +122,19 @@ CLIENT_IDLE: Final = Over(
     "terminating connection due to idle-session timeout",
     hint("client_idle_timeout"),
 )
+
+
+def leaked(threshold: float, age: float) -> Over:
+    """What a client is told that is closed for a leak."""
+    return Over(
+        None,
+        CloseReason.LEAK,
+        "25P04",
+        f"terminating connection because it has kept a server connection for {age:.1f} s"
+        f" (leak_threshold {threshold:g} s)",
+        "End transactions as soon as their work is done. The limit is the connection pool's"
+        " leak_threshold, with leak_action close.",
+    )
 
 
 class Watch:

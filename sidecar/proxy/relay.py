@@ -1,10 +1,9 @@
 """One logged-in client: its leases, its waiting, its end.
 
-An ``asyncio.Protocol`` by shape for the client's socket and a ``Receiver`` for the server's. All
-callbacks are synchronous; between a client's bytes and the server's there is no task and no await.
-``Requests`` and ``Replies`` look into the bytes, the relay decides about the lease: it begins with
-the first message that needs the server, and ends with ReadyForQuery when nothing is outstanding,
-the transaction is over and nothing pins the connection.
+An ``asyncio.Protocol`` by shape for the client's socket and a ``Receiver`` for the server's. All callbacks are
+synchronous; between a client's bytes and the server's there is no task and no await. ``Requests`` and ``Replies``
+look into the bytes, the relay decides about the lease: it begins with the first message that needs the server, and
+ends with ReadyForQuery when nothing is outstanding, the transaction is over and nothing pins the connection.
 """
 
 import asyncio
@@ -12,6 +11,7 @@ from typing import Any, Final, Protocol
 
 from sidecar.errors import ClientProtocolError, PoolError, ServerProtocolError, SidecarError
 from sidecar.events import CloseReason, PoolMode
+from sidecar.pool.report import statement_of
 from sidecar.pool.server import ServerConnection, clock
 from sidecar.protocol import messages as m
 from sidecar.proxy import endings, expect
@@ -23,7 +23,7 @@ from sidecar.proxy.requests import Requests
 from sidecar.proxy.settings import Settings
 from sidecar.proxy.tables import Client, PoolTables
 from sidecar.proxy.unleased import GOODBYE, IGNORED_SYNC, NEED, Unleased
-from sidecar.work import Who
+from sidecar.work import Statement, Who
 
 HELD_BACK: Final = 64 * 1024
 """Bytes of a waiting client that are kept before its socket is not read any more."""
@@ -281,7 +281,7 @@ class Relay:
     def _refuse_cycle(self, error: SidecarError, data: bytes, pos: int) -> None:
         """Answer the cycle that begins here with an error; what belongs to it is skipped."""
         self.idle_since = clock()
-        self.write(endings.report(self.pool, error, "ERROR", self.who()))
+        self.write(endings.refusal(self.tables, error, self.who(), data, pos))
         if self._unleased.ignore_cycle(data, pos):
             self.write(m.READY_IDLE_MESSAGE)
 
@@ -429,7 +429,7 @@ class Relay:
         if self.replies.said_fatal or is_in_message:
             self.close()
         else:
-            self.fail(endings.server_is_gone(self.pool))
+            self.fail(endings.server_is_gone(self.pool), statement_of(server))
 
     def _lose(self, server: ServerConnection, exc: ServerProtocolError, now: float) -> None:
         self.server = None
@@ -438,7 +438,7 @@ class Relay:
         if is_in_message:
             self.close()
         else:
-            self.fail(exc)
+            self.fail(exc, statement_of(server))
 
     # -- the end -------------------------------------------------------------------------------
 
@@ -468,7 +468,7 @@ class Relay:
 
     def end(self, text: str = _SHUTTING_DOWN) -> None:
         """Tell the client that the sidecar goes, and close."""
-        self.fail(SidecarError(text, sqlstate="57P01"), is_error=False)
+        self.fail(SidecarError(text, sqlstate="57P01"))
 
     def kill(self) -> None:
         """An administrator ends it, whatever it does, and its server connection."""
@@ -484,12 +484,12 @@ class Relay:
             self.transport.close()
             self._registry.closing(self)
 
-    def fail(self, error: SidecarError, *, is_error: bool = True) -> None:
+    def fail(self, error: SidecarError, statement: Statement | None = None) -> None:
         """Say why with FATAL, and close."""
         if self.is_closed or self.transport.is_closing():
             return
         if self.replies.incoming == 0:
-            self.write(endings.farewell(self.pool, error, self.who(), is_error=is_error))
+            self.write(endings.farewell(self.pool, error, self.who(), statement))
         endings.log_closed(self.pool, self.client, error)
         self.close()
 

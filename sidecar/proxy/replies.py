@@ -456,7 +456,7 @@ class Replies:
         self, server: ServerConnection, body: bytes, now: float, origin: ErrorOrigin
     ) -> None:
         sqlstate = m.sqlstate_of(body)
-        statement = server.queries[0] if server.queries else None
+        statement = expect.failing(server, self._statements.unnamed)
         self._observer.query_failed(
             Failure(
                 origin, sqlstate, message_of(body, statement), self._client.application, statement
