@@ -23,7 +23,8 @@ ROOMS = {
     "errors": "",
     "work": "",
     "events": "work",
-    "fingerprint": "",
+    "fingerprint": "grammar",
+    "grammar": "",
     "logs": "",
     "config_text": "",
     "dsn": "target protocol",
@@ -55,6 +56,7 @@ PURE = (
         "events",
         "work",
         "fingerprint",
+        "grammar",
         "sql",
         "config_changes",
         "config_text",
@@ -100,6 +102,7 @@ IMPURE = {
 
 LIBRARIES = {
     "aiohttp": "api.app api.server",  # what it answers, and where it listens
+    "postgast": "grammar",
     "prometheus_client": "observe.metrics service",  # the service makes the registry
     "psycopg": "dsn demo.workload",  # connection strings; the demo's clients
     # its type for secrets
@@ -119,6 +122,7 @@ HOT = {
     "sidecar.proxy.relay": "data_received server_data forward _attach end_lease write begin",
     "sidecar.proxy.unleased": "find",
     "sidecar.proxy.requests": "forward _inspect _run _add_query _parse",
+    "sidecar.proxy.texts": "query parse",
     "sidecar.proxy.statements": "bind _use _use_unnamed _ensure",
     "sidecar.proxy.replies": "forward _inspect _complete _ready _query_done",
     "sidecar.pool.pool": "acquire release _hand_over",

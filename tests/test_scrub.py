@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sidecar.events import Operation
-from sidecar.fingerprint import fingerprint, normalise
+from sidecar.fingerprint import normalise
 from sidecar.protocol import messages as m
 from sidecar.proxy.scrub import LONGEST, OF_A_FUNCTION, message_of
 from sidecar.work import Statement
@@ -16,8 +16,8 @@ QUERY = "SELECT id, name FROM shop.users WHERE name = 'x' AND \"My Column\" > 5 
 
 
 def statement(text: str = QUERY) -> Statement:
-    normal = normalise(text.encode())
-    return Statement(fingerprint(normal), normal, int(Operation.SELECT))
+    form = normalise(text.encode())
+    return Statement(form.fingerprint(), form.text(), int(Operation.SELECT))
 
 
 def body(message: str, sqlstate: str = "42601", **fields: str) -> bytes:

@@ -26,6 +26,7 @@ from sidecar.pool.report import in_one
 from sidecar.pool.server import ServerConnection, clock
 from sidecar.proxy.login import Login
 from sidecar.proxy.tables import PoolTables
+from sidecar.proxy.texts import Texts
 
 log = logging.getLogger("pgsidecar.proxy")
 
@@ -52,7 +53,7 @@ class Directory:
         else:
             pool = Pool(config, *told, self._spawn)
             pool.opener.is_paused = name in self.paused
-            self._fixed[name] = PoolTables(pool)
+            self._fixed[name] = PoolTables(pool, Texts(pool.observer))
 
     def __iter__(self) -> Iterator[Pool]:
         """All pools there are now; several of a template have its name."""
@@ -141,10 +142,12 @@ class Directory:
         """Sweep every deadline of the pools; called every 100 ms."""
         for tables in self._fixed.values():
             tables.pool.tick(now)
+            tables.texts.tick()
         for template in (*self._templates.values(), *self._gone_templates):
             template.tick(now)
         for tables in self._gone:
             tables.pool.tick(now)
+            tables.texts.tick()
         self._gone = [each for each in self._gone if each.pool.state.size or each.clients]
         self._gone_templates = [each for each in self._gone_templates if each.pools]
 
@@ -197,6 +200,7 @@ class _Template:
         self.pools: Final[dict[tuple[str, str, bool], PoolTables]] = {}
         """By database, user, and whether there is a secret to log in to the server with."""
         self._unused: Final[dict[PoolTables, None]] = {}  # without clients
+        self._texts: Final = Texts(observer)
 
     def enter(self, login: Login, client: object) -> PoolTables:
         target = _target_of(self._target, login)
@@ -212,7 +216,7 @@ class _Template:
                 budget=self._budget,
                 share=self._share,
             )
-            tables = self.pools[key] = PoolTables(pool)
+            tables = self.pools[key] = PoolTables(pool, self._texts)
             log.debug("pool made", extra=_names(pool))
         else:
             tables.pool.target = target  # the password may have been changed
@@ -237,6 +241,7 @@ class _Template:
         log.debug("pool dropped", extra=_names(pool))
 
     def tick(self, now: float) -> None:
+        self._texts.tick()
         for pool in self._budget.members():  # the others have nothing that could be due
             pool.tick(now)
         for tables in list(self._unused):

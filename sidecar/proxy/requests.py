@@ -294,7 +294,7 @@ class Requests:
         name_end = pos + 5 if is_unnamed else end_of(data, pos + 5, end)
         text_end = data.find(0, name_end + 1, end)
         text = data[name_end + 1 : text_end] if text_end >= 0 else data[name_end + 1 : end]
-        query = self._texts.parse(text)
+        query = self._texts.parse(text, name_end != pos + 5)
         if query.resets:
             self.resets |= query.resets
         if (query.effects or self._policy.refuses_blocks) and self._replaces_parse(

@@ -42,11 +42,11 @@ class Client:
 class PoolTables:
     """What the clients of one pool share in the proxy."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, texts: Texts) -> None:
         self.pool: Final = pool
         self.settings: Final = SettingsTable()
         self.statements: Final = PreparedTable()
-        self.texts: Final = Texts(pool.observer)
+        self.texts: Final = texts
         self.limits: dict[Limits, Limits] = {}
         """Those that clients have: one object for each combination."""
         self.leases = 0
