@@ -1,27 +1,34 @@
 """The ``pgsidecar`` command: arguments, logging, signals, exit codes.
 
-Exit codes: 0 all is well, 1 it failed, 2 the configuration or the arguments cannot be used.
+Exit codes: 0 all is well, 1 it failed, 2 the configuration or the arguments cannot be used. Of ``why``: 0
+nothing is wrong, 1 something is, 2 the sidecar cannot be asked.
 """
 
 import argparse
 import asyncio
+import io
 import os
 import resource
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sidecar import __version__, logs
-from sidecar.config import Config
+from sidecar.config import Config, HttpConfig
 from sidecar.config_file import load
 from sidecar.errors import ConfigError, SidecarError
+
+if TYPE_CHECKING:
+    from sidecar.ask.asker import Address
 
 _EXAMPLES = """\
 examples:
   DATABASE_URL=postgresql://app:secret@db:5432/app pgsidecar run --config config.yaml
   pgsidecar check --config config.yaml      try the configuration and every pool's server
+  pgsidecar why                             what is wrong right now, and what to do about it
+  pgsidecar top --config config.yaml        who waits, who holds the pool, which statements run
   pgsidecar demo --seconds 60               PostgreSQL, sidecar and a lively load, here and now
 
 Clients connect with any PostgreSQL driver: host and port of the sidecar, database = name of a pool.
@@ -73,6 +80,30 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(check)
     check.set_defaults(run=_check)
 
+    why = commands.add_parser(
+        "why",
+        help="what is wrong with the pools of a running sidecar, and what to do about it",
+        description="Ask a running sidecar what is wrong with its pools right now.",
+        epilog="exit codes: 0 nothing is wrong, 1 something is, 2 the sidecar cannot be asked",
+    )
+    _add_address(why)
+    why.add_argument("--pool", default="", metavar="NAME", help="of this pool only")
+    why.add_argument("--json", action="store_true", help="the answer of /api/v1/why")
+    why.set_defaults(run=_why)
+
+    top = commands.add_parser(
+        "top",
+        help="a live view of a running sidecar: pools, waiters, holders, statements, incidents",
+        description="Watch a running sidecar. The key ? lists the others; q quits.",
+        epilog="exit codes: 0 told to stop, 2 the sidecar cannot be asked",
+    )
+    _add_address(top)
+    top.add_argument(
+        "--interval", type=_seconds, default=1.0, metavar="N", help="seconds between looks (1)"
+    )
+    top.add_argument("--once", action="store_true", help="print one frame as text, and end")
+    top.set_defaults(run=_top)
+
     demo = commands.add_parser(
         "demo", help="embedded PostgreSQL, the sidecar and a lively load, with a live view"
     )
@@ -94,6 +125,20 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="FILE",
         help="the YAML file; PGSIDECAR__SECTION__OPTION variables override it",
+    )
+
+
+def _add_address(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--url", metavar="URL", help="its HTTP service (http://127.0.0.1:9632, or as in --config)"
+    )
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="its configuration, for address and token"
+    )
+    parser.add_argument(
+        "--token",
+        metavar="TOKEN",
+        help="its http.token; others on this host see arguments, but not the variable PGSIDECAR_TOKEN",
     )
 
 
@@ -159,6 +204,56 @@ async def _check(options: argparse.Namespace) -> int:
     tls = await asyncio.to_thread(check_tls, config.listen)
     print(report(config, findings, tls))
     return 0 if tls.is_ok and all(finding.is_ok for finding in findings) else 1
+
+
+async def _why(options: argparse.Namespace) -> int:
+    from sidecar.ask.asker import Asker, CannotAsk
+    from sidecar.ask.why import run_why
+
+    _write_anything()
+    try:
+        async with Asker(_address(options)) as asker:
+            return await run_why(asker, options.pool, options.json, sys.stdout)
+    except CannotAsk as exc:
+        print(f"pgsidecar: {exc}", file=sys.stderr)
+        return 2
+
+
+async def _top(options: argparse.Namespace) -> int:
+    from sidecar.ask.asker import Asker, CannotAsk
+    from sidecar.ask.screen import Screen, discard_output
+    from sidecar.ask.top import TopOptions, run_top
+
+    _write_anything()
+    screen = Screen(sys.stdout, sys.stdin, is_live=not options.once)
+    try:
+        async with Asker(_address(options)) as asker:
+            return await run_top(asker, TopOptions(options.interval, options.once), screen)
+    except CannotAsk as exc:
+        print(f"pgsidecar: {exc}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # ... | head
+        discard_output()
+        return 0
+
+
+def _write_anything() -> None:
+    """An application may have a name that this terminal cannot write."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def _address(options: argparse.Namespace) -> "Address":
+    """Of the sidecar to ask, from the arguments, the environment and the configuration."""
+    from sidecar.ask.asker import TOKEN_VARIABLE, address_of, configured
+
+    http = HttpConfig() if options.config is None else load(options.config, os.environ).http
+    if options.url is None and http.port == 0:
+        raise ConfigError("http.port is 0, which is any free port: --url tells the real one")
+    token = options.token or os.environ.get(TOKEN_VARIABLE, "")
+    if not token and http.token is not None:
+        token = http.token.get_secret_value()
+    return address_of(options.url or configured(http), token)
 
 
 async def _demo(options: argparse.Namespace) -> int:

@@ -44,8 +44,10 @@ ROOMS = {
     "operate": "work console proxy pool observe config events errors",
     "service": "work operate console config_changes api observe proxy pool config events errors",
     "check": "work proxy pool protocol config events errors",
-    "demo": "service observe config config_file events errors",
-    "cli": "demo service check config config_file logs errors",
+    "units": "",
+    "ask": "config errors units",
+    "demo": "units service observe config config_file events errors",
+    "cli": "ask demo service check config config_file logs errors",
     "__main__": "cli",
 }
 """The folders and modules of ``sidecar``, and what each may import. All may import the version."""
@@ -91,6 +93,7 @@ PURE = (
         "api.page",
     ),
     *("console.commands", "console.extended", "console.rows", "console.facts"),
+    *("units", "ask.answers", "ask.board", "ask.panes", "ask.frame", "ask.keys"),
     *("console.tables", "console.beyond", "console.words"),
 )
 """Modules that do no I/O, know no clock and write no log: time is an argument of theirs."""
@@ -101,7 +104,7 @@ IMPURE = {
 }
 
 LIBRARIES = {
-    "aiohttp": "api.app api.server",  # what it answers, and where it listens
+    "aiohttp": "api.app api.server ask.asker",  # what it answers, where it listens; who asks
     "postgast": "grammar",
     "prometheus_client": "observe.metrics service",  # the service makes the registry
     "psycopg": "dsn demo.workload",  # connection strings; the demo's clients
@@ -109,6 +112,7 @@ LIBRARIES = {
     "pydantic": "config config_values config_file dsn target proxy.login proxy.credentials"
     " proxy.authenticate",
     "pydantic_core": "config_file",
+    "rich": "ask.frame",
     "scramp": "protocol.authentication",
     "uvloop": "cli",
     "yaml": "config_text",

@@ -8,9 +8,10 @@ from math import nan
 import pytest
 
 from sidecar.demo.figures import DemoFigures, FigureReader, PoolFigures
-from sidecar.demo.view import View, plain_lines, seconds
+from sidecar.demo.view import View, plain_lines
 from sidecar.events import ErrorOrigin, Operation, PinReason, PoolMode, PoolSnapshot
 from sidecar.observe.recorder import Recorder
+from sidecar.units import seconds
 from tests.work import failure, statement
 
 SNAPSHOT = PoolSnapshot(

@@ -24,9 +24,10 @@ from typing import IO, TextIO
 from sidecar import config_file
 from sidecar.demo.figures import DemoFigures, FigureReader
 from sidecar.demo.postgres import EmbeddedPostgres
-from sidecar.demo.view import SHOW_CURSOR, View, seconds
+from sidecar.demo.view import SHOW_CURSOR, View
 from sidecar.errors import ConfigError, SidecarError
 from sidecar.service import Service
+from sidecar.units import seconds
 
 PG_PORT, HTTP_PORT = 6432, 9632
 VERSION = 18
@@ -210,6 +211,7 @@ def _print_addresses(server: EmbeddedPostgres, service: Service, out: TextIO) ->
 The sidecar is ready. Try it in another terminal:
   {psql} {_pooled_dsn(service, "main")}
   {psql} {_pooled_dsn(service, "pgsidecar")} -c 'SHOW HOLDERS'
+  pgsidecar top --url http://{host}:{port}
   curl http://{host}:{port}/metrics
 Session mode, for migrations:  {_pooled_dsn(service, "direct")}
 PostgreSQL without the pool:   {_direct_dsn(server)}

@@ -8,10 +8,10 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Mapping
-from math import isnan
 from typing import TextIO
 
 from sidecar.demo.figures import DemoFigures, PoolFigures
+from sidecar.units import seconds
 
 BAR = 25  # cells: one for each connection of the default pool
 HIGH = 0.8  # saturation from which the bar is yellow; the alert's threshold
@@ -127,17 +127,6 @@ def _plain(pool: PoolFigures) -> str:
         f" P50 {p50}, P90 {p90}, P99 {p99},"
         f" {pool.errors_per_second:.1f} errors/s ({pool.error_rate:.2%}), {pool.slow} slow"
     )
-
-
-def seconds(value: float) -> str:
-    """A duration for people: ``0.42 ms``, ``12 ms``, ``5.5 s``; ``-`` for NaN."""
-    if isnan(value):
-        return "-"
-    if value < 0.01:
-        return f"{value * 1000:.2f} ms"
-    if value < 0.9995:
-        return f"{value * 1000:.0f} ms"
-    return f"{value:.1f} s"
 
 
 def _clock(elapsed: float) -> str:
