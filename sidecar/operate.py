@@ -88,6 +88,9 @@ class Operations:
     def logins(self) -> int:
         return self._clients.logins
 
+    def insights(self) -> list[PoolRecorder]:
+        return list(self._recorder.pools.values())
+
     # -- doing ---------------------------------------------------------------------------------
 
     def meant(self, database: str) -> list[str]:

@@ -94,7 +94,7 @@ PURE = (
     ),
     *("console.commands", "console.extended", "console.rows", "console.facts"),
     *("units", "ask.answers", "ask.board", "ask.panes", "ask.frame", "ask.keys"),
-    *("console.tables", "console.beyond", "console.words"),
+    *("console.tables", "console.beyond", "console.words", "console.insight", "console.why"),
 )
 """Modules that do no I/O, know no clock and write no log: time is an argument of theirs."""
 

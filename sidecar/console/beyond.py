@@ -3,24 +3,25 @@
 Pure.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Final
 
 from sidecar.console.facts import PoolFacts, View
 from sidecar.console.rows import Row, columns
-from sidecar.console.words import application_of, micro
+from sidecar.console.words import application_of, micro, query_of
 from sidecar.events import ClientSnapshot, PinReason, PoolMode, ServerSnapshot
+from sidecar.work import Statement
 
 _NAMED: Final = 10
 """Most holders that one waiter's line names."""
 
 WAITS: Final = columns(
     "database user application_name addr port:int4 client:int4 since wait:int4 wait_us:int4"
-    " timeout_us:int8 ahead:int4 behind reason"
+    " timeout_us:int8 ahead:int4 behind reason behind_fingerprint behind_query"
 )
 HOLDERS: Final = columns(
     "database user application_name addr port:int4 client:int4 server:int4 remote_pid:int4 state"
-    " since age:int4 age_us:int4 query_us:int8 silent_us:int8 pin"
+    " since age:int4 age_us:int4 query_us:int8 silent_us:int8 pin fingerprint query"
 )
 PINS: Final = columns(
     "database user application_name addr port:int4 client:int4 server:int4 remote_pid:int4 reason"
@@ -37,7 +38,7 @@ def waits(view: View) -> Iterator[Row]:
         waiting = [each for each in clients if each.pool == name and each.waiting_since]
         if not waiting:
             continue
-        behind = _behind([each for each in servers if each.pool == name], clients)
+        behind, oldest = _behind([each for each in servers if each.pool == name], clients)
         reason = _why(facts)
         waiting.sort(key=lambda each: each.waiting_since)
         for ahead, client in enumerate(waiting):
@@ -45,19 +46,21 @@ def waits(view: View) -> Iterator[Row]:
             yield (
                 *(name, client.user, client.application, client.address, client.port, client.id),
                 *(view.when(client.waiting_since), int(waited), micro(waited % 1)),
-                *(micro(client.deadline - view.now), ahead, behind, reason),
+                *(micro(client.deadline - view.now), ahead, behind, reason, *query_of(oldest)),
             )
 
 
-def _behind(servers: list[ServerSnapshot], clients: list[ClientSnapshot]) -> str:
-    """The ids of the clients that hold connections, oldest lease first."""
+def _behind(
+    servers: list[ServerSnapshot], clients: list[ClientSnapshot]
+) -> tuple[str, Statement | None]:
+    """The ids of the clients that hold connections, oldest lease first; and that one's statement."""
     by_server = {client.server: client.id for client in clients if client.server}
     leased = sorted(
         (server for server in servers if server.id in by_server), key=lambda each: each.leased_at
     )
     ids = [str(by_server[server.id]) for server in leased]
     more = ["..."] if len(ids) > _NAMED else []
-    return ",".join(ids[:_NAMED] + more)
+    return ",".join(ids[:_NAMED] + more), leased[0].statement if leased else None
 
 
 def _why(facts: PoolFacts) -> str:
@@ -74,10 +77,14 @@ def _why(facts: PoolFacts) -> str:
     return reason
 
 
-def holders(view: View) -> Iterator[Row]:
-    """Oldest lease first."""
+def holders(view: View, only: Container[int] | None = None) -> Iterator[Row]:
+    """Oldest lease first; ``only`` of these server connections."""
     linked = {client.server: client for client in view.control.clients() if client.server}
-    leased = [server for server in view.control.servers() if server.id in linked]
+    leased = [
+        server
+        for server in view.control.servers()
+        if server.id in linked and (only is None or server.id in only)
+    ]
     leased.sort(key=lambda each: each.leased_at)
     modes = _modes(view)
     for server in leased:
@@ -96,6 +103,7 @@ def holders(view: View) -> Iterator[Row]:
             micro(view.now - server.query_started) if is_running else None,
             None if is_running else micro(view.now - server.status_since),
             None if pin is None else pin.value,
+            *query_of(server.statement),
         )
 
 

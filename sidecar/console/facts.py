@@ -4,11 +4,12 @@ Pure. ``service`` implements ``Control``; snapshots of clients and server connec
 ``events``.
 """
 
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 from sidecar.config import Config, PoolConfig
+from sidecar.console.insight import Insight
 from sidecar.events import ClientSnapshot, PoolSnapshot, ServerSnapshot, Stop
 
 PERIOD: Final = 60.0
@@ -85,6 +86,9 @@ class Control(Protocol):
     def servers(self) -> Iterator[ServerSnapshot]: ...
 
     def logins(self) -> int: ...
+
+    def insights(self) -> Iterable[Insight]:
+        """One for each entry of the configuration."""
 
     def meant(self, database: str) -> list[str]:
         """The names of the pools meant by it; of all by an empty one. Raises SidecarError."""

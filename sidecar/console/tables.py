@@ -2,7 +2,7 @@
 
 Pure. Columns are those of PgBouncer 1.24, in its order, so that people and programs find what they
 look for; behind them come names of older versions that programs still read. Tables that PgBouncer
-does not have are in ``beyond``. Times are in microseconds where PgBouncer's are.
+does not have are in ``beyond`` and ``why``. Times are in microseconds where PgBouncer's are.
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ from sidecar import __version__
 from sidecar.config import Config, redacted
 from sidecar.config_changes import needs_restart
 from sidecar.config_values import CONSOLE_DATABASE
-from sidecar.console import beyond
+from sidecar.console import beyond, why
 from sidecar.console.facts import PoolFacts, Totals, View
 from sidecar.console.rows import Column, Row, columns
 from sidecar.console.words import application_of, flat, micro, word
@@ -413,4 +413,7 @@ TABLES: Final = {
     "WAITS": Show(beyond.WAITS, beyond.waits),
     "HOLDERS": Show(beyond.HOLDERS, beyond.holders),
     "PINS": Show(beyond.PINS, beyond.pins),
+    "LEAKS": Show(why.LEAKS, why.leaks),
+    "ERRORS": Show(why.ERRORS, why.errors),
+    "BLAME": Show(why.BLAME, why.blame),
 }

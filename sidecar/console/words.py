@@ -4,8 +4,13 @@ Pure.
 """
 
 from collections.abc import Iterator, Mapping
+from typing import Final
 
 from sidecar.events import ClientSnapshot
+from sidecar.work import Statement
+
+SHOWN: Final = 200
+"""Characters of a query that a table shows."""
 
 
 def micro(seconds: float) -> int:
@@ -15,6 +20,14 @@ def micro(seconds: float) -> int:
 
 def application_of(client: ClientSnapshot | None) -> str:
     return "" if client is None else client.application
+
+
+def query_of(statement: Statement | None) -> tuple[str | None, str | None]:
+    """Its fingerprint, and the beginning of its text in one line."""
+    if statement is None:
+        return None, None
+    text = " ".join(statement.text[: 2 * SHOWN].split())
+    return statement.fingerprint, text if len(text) <= SHOWN else text[:SHOWN] + "..."
 
 
 def flat(tree: Mapping[str, object], path: str = "") -> Iterator[tuple[str, str]]:
