@@ -17,12 +17,15 @@ from typing import Any, Final
 from prometheus_client import CollectorRegistry
 
 from sidecar.api.server import HttpServer
+from sidecar.circumstances import settings_of
 from sidecar.config import Config
 from sidecar.config_changes import changed, needs_restart, taken_over
 from sidecar.console.desk import Desk
 from sidecar.console.facts import Changes
 from sidecar.errors import ConfigError
 from sidecar.events import Observer, PoolSnapshot, Stop
+from sidecar.observe.incident_files import IncidentFiles
+from sidecar.observe.incidents import IncidentStore
 from sidecar.observe.metrics import MetricsText
 from sidecar.observe.recorder import Recorder
 from sidecar.operate import Operations
@@ -53,8 +56,16 @@ class Service:
         self._source: Final = source
         self._reloading: Final = asyncio.Lock()
         self.recorder: Final = Recorder(
-            [(pool.name, pool.slow_query_threshold) for pool in config.pools.values()], clock
+            [(pool.name, pool.slow_query_threshold) for pool in config.pools.values()],
+            clock,
+            IncidentStore(config.incidents.keep, clock, config.incidents.directory),
         )
+        self._files: Final = (
+            None
+            if config.incidents.directory is None
+            else IncidentFiles(config.incidents.directory, config.incidents.keep)
+        )
+        self._saving = False
         self._observer: Final[Observer] = self.recorder if observer is None else observer
         self.operations: Final = Operations(config, self.recorder, self.shut_down, self.reload)
         self._directory: Directory | None = None
@@ -143,6 +154,7 @@ class Service:
         self.recorder.config_read(
             [(pool.name, pool.slow_query_threshold) for pool in config.pools.values()]
         )
+        self.recorder.settle(settings_of(config, self.pg_address))
         self.operations.apply(config)
         log.info(
             "configuration reloaded",
@@ -203,6 +215,7 @@ class Service:
             where = f"{self.config.http.host}:{self.config.http.port}"
             raise ConfigError(f"http: cannot listen on {where}: {exc.strerror or exc}") from exc
         self._http = http
+        self.recorder.settle(settings_of(self.config, self.pg_address))
         self._directory.start(clock())
         log.info(
             "ready for clients",
@@ -230,8 +243,21 @@ class Service:
             self._listener.tick(now)
             self.recorder.tick(now)
             self.recorder.watch(now, self.directory.gauges(now))
+            if self.recorder.incidents.changed and not self._saving:
+                self._saving = True
+                self._spawn(self._save_incidents())
             self._desk.tick(now)
             due = max(due + TICK, now)
+
+    async def _save_incidents(self) -> None:
+        """One at a time: a thread that a disk holds up is joined by no other."""
+        try:
+            if self._files is not None:
+                await asyncio.to_thread(self._files.save, self.recorder.incidents.take_changed())
+        except Exception:
+            log.exception("incidents not written")
+        finally:
+            self._saving = False
 
     async def _drain(self) -> None:
         assert self._listener is not None
@@ -265,6 +291,12 @@ class Service:
             await asyncio.sleep(0.02)
         for pool in self.directory:
             pool.abort()
+        self.recorder.close(clock())
+        try:
+            async with asyncio.timeout(_CLOSE_TIMEOUT):
+                await self._save_incidents()
+        except TimeoutError:
+            log.warning("incidents not written in time")
         log.info("stopped")
 
     # -- telling ---------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from sidecar.events import (
 )
 from sidecar.observe.exposition import Format, prefix
 from sidecar.observe.histogram import QUERY_BUCKETS, USE_BUCKETS, WAIT_BUCKETS
-from sidecar.observe.recorder import SQLSTATE_CLASSES
+from sidecar.observe.keys import SQLSTATE_CLASSES
 from tests.metrics_page import IDLE, Labels, Page, fill
 from tests.work import statement
 
@@ -73,6 +73,7 @@ proxy_overhead_seconds                      histogram
 leaked_connections                          gauge
 leaks_total                                 counter
 blamed_wait_seconds_total                   counter    application
+incidents_total                             counter    kind
 """
 SIDECAR = """
 client_connections                          gauge      listener

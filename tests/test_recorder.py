@@ -33,7 +33,8 @@ from sidecar.observe.histogram import (
     WAIT_BUCKETS,
     Histogram,
 )
-from sidecar.observe.recorder import SQLSTATE_CLASSES, PoolRecorder, Recorder
+from sidecar.observe.keys import SQLSTATE_CLASSES
+from sidecar.observe.recorder import PoolRecorder, Recorder
 from sidecar.observe.silence import NullPoolRecorder, NullRecorder
 from tests.work import failure, statement
 

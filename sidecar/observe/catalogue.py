@@ -15,6 +15,7 @@ from sidecar.events import (
     AcquireOutcome,
     CloseReason,
     ConnectReason,
+    IncidentKind,
     Listener,
     Operation,
     PingOutcome,
@@ -44,7 +45,7 @@ from sidecar.observe.histogram import (
     USE_BUCKETS,
     WAIT_BUCKETS,
 )
-from sidecar.observe.recorder import CLIENT_KEYS, CONNECTION_ERROR_KEYS, ERROR_KEYS
+from sidecar.observe.keys import CLIENT_KEYS, CONNECTION_ERROR_KEYS, ERROR_KEYS
 from sidecar.observe.sketch import WINDOWS
 
 
@@ -259,7 +260,7 @@ def _state_families(pools: PerPool) -> Iterable[ScrapeFamily]:
 
 
 def _reason_families(pools: PerPool) -> Iterable[ScrapeFamily]:
-    """Who keeps others waiting."""
+    """Who keeps others waiting, and what that led to."""
     yield pools.metric(
         "leaked_connections",
         "Server connections that are leaks now: leased, or in a transaction, for too long.",
@@ -275,6 +276,12 @@ def _reason_families(pools: PerPool) -> Iterable[ScrapeFamily]:
         "counter",
         "Time that clients waited for a connection, charged to those who held the connections meanwhile.",
         _blame_lines,
+    )
+    yield pools.metric(
+        "incidents_total",
+        "Incidents recorded, by what began them.",
+        lambda pool: pool.recorder.why.incidents.values(),
+        each(kind=IncidentKind),
     )
 
 

@@ -9,13 +9,11 @@ can be derived from other counts is derived when it is read (``acquires``, ``tra
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from itertools import product
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import log
 from typing import Final
 
 from sidecar.events import (
-    CONNECTION_ERRORS,
     AcquireOutcome,
     ClientOutcome,
     CloseReason,
@@ -32,6 +30,7 @@ from sidecar.events import (
     Traffic,
 )
 from sidecar.observe.blame import Blame
+from sidecar.observe.evidence import Settings
 from sidecar.observe.failures import FailureTable
 from sidecar.observe.histogram import (
     LAG_BUCKETS,
@@ -45,6 +44,8 @@ from sidecar.observe.histogram import (
     WAIT_BUCKETS,
     Histogram,
 )
+from sidecar.observe.incidents import KEEP, IncidentStore
+from sidecar.observe.keys import CLIENT_KEYS, CONNECTION_ERROR_KEYS, ERROR_KEYS, OTHER
 from sidecar.observe.sketch import (
     HIGHEST,
     LAST,
@@ -56,22 +57,9 @@ from sidecar.observe.sketch import (
     index_of,
 )
 from sidecar.observe.statements import StatementTable
+from sidecar.observe.verdict import Verdict
+from sidecar.observe.why import Why
 from sidecar.work import Blocker, Failure, Holder, SlowQuery, Statement, Who
-
-# The classes of errcodes.txt in PostgreSQL 18's sources. A function can raise any other.
-SQLSTATE_CLASSES: Final[tuple[str, ...]] = (
-    *("00", "01", "02", "03", "08", "09", "0A", "0B", "0F", "0L", "0P", "0Z", "10"),
-    *("20", "21", "22", "23", "24", "25", "26", "27", "28", "2B", "2D", "2F"),
-    *("34", "38", "39", "3B", "3D", "3F", "40", "42", "44"),
-    *("53", "54", "55", "57", "58", "72", "F0", "HV", "P0", "XX"),
-)
-OTHER: Final = "other"
-
-ERROR_KEYS: Final = tuple(product(ErrorOrigin, (*SQLSTATE_CLASSES, OTHER)))
-CONNECTION_ERROR_KEYS: Final = tuple(
-    (phase, reason) for phase, reasons in CONNECTION_ERRORS.items() for reason in reasons
-)
-CLIENT_KEYS: Final = tuple(product(Listener, ClientOutcome))
 
 FAILED_ACQUIRES: Final = (
     AcquireOutcome.TIMEOUT,
@@ -80,6 +68,10 @@ FAILED_ACQUIRES: Final = (
 )
 _WAITED: Final = AcquireOutcome.WAITED
 _IMMEDIATE: Final = AcquireOutcome.IMMEDIATE
+_TIMEOUT: Final = AcquireOutcome.TIMEOUT
+
+_LOSSES: Final = (CloseReason.SERVER_CLOSED, CloseReason.PING_FAILED, CloseReason.PING_TIMEOUT)
+_OPENING: Final = (Phase.CONNECT, Phase.TLS, Phase.AUTH)
 
 
 class PoolRecorder:
@@ -127,9 +119,16 @@ class PoolRecorder:
         "traffic",
         "transactions",
         "uses",
+        "why",
     )
 
-    def __init__(self, name: str, slow_query_threshold: float, now: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        slow_query_threshold: float,
+        now: float,
+        incidents: IncidentStore | None = None,
+    ) -> None:
         self.name = name
         self.slow_query_threshold = slow_query_threshold  # seconds
 
@@ -158,6 +157,15 @@ class PoolRecorder:
         """Whom the leases wait for in the end that wait for a lock, by the id of their connection."""
         self.leaks: dict[int, Holder] = {}  # while they last, as they began; by the same
         self.leaks_began = 0
+        self.why = Why(
+            name,
+            now,
+            IncidentStore(KEEP, lambda: self._now) if incidents is None else incidents,
+            self.leaks,
+            lambda: self.blocked,
+            self.failures.entries,
+            list,
+        )
         self.transactions = Histogram(QUERY_BUCKETS)
         self._rollbacks = 0
         self.overheads = Histogram(OVERHEAD_BUCKETS)
@@ -242,6 +250,8 @@ class PoolRecorder:
             self._waited += 1
         else:
             self._failed_acquires[outcome] += 1
+            if outcome is _TIMEOUT:
+                self.why.flight.timed_out()
         self._waits.observe(waited)
         self._used = used
         if used > self._peak.highest:
@@ -254,7 +264,7 @@ class PoolRecorder:
         self.slow[statement.operation] += 1
 
     def slow_query_seen(self, slow: SlowQuery) -> None:
-        pass
+        self.why.flight.slow_query(slow)
 
     def leak_began(self, holder: Holder) -> None:
         self.leaks[holder.server] = holder
@@ -264,7 +274,7 @@ class PoolRecorder:
         self.leaks.pop(holder.server, None)
 
     def client_came(self, who: Who) -> None:
-        pass
+        self.why.flight.came(who)
 
     def query_failed(self, failure: Failure) -> None:
         origin = ErrorOrigin(failure.origin)
@@ -273,6 +283,7 @@ class PoolRecorder:
             key = (origin, OTHER)
         self.errors[key] += 1
         self.failures.note(failure, self._now)
+        self.why.flight.failed(failure)
 
     def overhead(self, took: float) -> None:
         self.overheads.observe(took)
@@ -283,9 +294,13 @@ class PoolRecorder:
 
     def connection_closed(self, reason: CloseReason) -> None:
         self.closed[reason] += 1
+        if reason in _LOSSES:
+            self.why.flight.lost()
 
     def connection_failed(self, phase: Phase, reason: ErrorReason) -> None:
         self.connection_errors[phase, reason] += 1
+        if phase in _OPENING:
+            self.why.flight.refused()
 
     def reconnected(self, ok: bool) -> None:
         self.reconnects[ok] += 1
@@ -346,6 +361,15 @@ class PoolRecorder:
     def watch(self, now: float, gauges: PoolGauges) -> None:
         """The state of the pool now; every 100 ms."""
         self.blame.watch(now, self._waits.total, gauges, self.blocked)
+        self.why.watch(now, gauges, self._ended, self.slow_query_threshold)
+
+    def _ended(self) -> tuple[int, int]:
+        queries = sum([histogram.count() for histogram in self.queries])
+        return self.transactions.count(), queries
+
+    def verdict(self, now: float) -> Verdict:
+        """What is wrong now, and why; that all is well if nothing is."""
+        return self.why.verdict(now)
 
 
 class SharedPoolRecorder(PoolRecorder):
@@ -361,9 +385,9 @@ class SharedPoolRecorder(PoolRecorder):
         super().acquired(outcome, waited, self._used + 1 if is_lease else self._used)
 
 
-def _recorder_of(name: str, threshold: float, now: float) -> PoolRecorder:
+def _recorder_of(name: str, threshold: float, now: float, incidents: IncidentStore) -> PoolRecorder:
     kind = SharedPoolRecorder if "*" in name else PoolRecorder
-    return kind(name, threshold, now)
+    return kind(name, threshold, now, incidents)
 
 
 class Recorder:
@@ -373,15 +397,19 @@ class Recorder:
     """
 
     def __init__(
-        self, pools: Sequence[tuple[str, float]], clock: Callable[[], float] = time.monotonic
+        self,
+        pools: Sequence[tuple[str, float]],
+        clock: Callable[[], float] = time.monotonic,
+        incidents: IncidentStore | None = None,
     ) -> None:
         self.clock = clock
+        self.incidents = IncidentStore(KEEP, clock) if incidents is None else incidents
         self.config_read_at = time.time()
         self.is_config_read = True  # the last attempt went well
         now = clock()
         self.pools: dict[str, PoolRecorder] = {}
         for name, threshold in pools:
-            self.pools[name] = _recorder_of(name, threshold, now)
+            self.pools[name] = _recorder_of(name, threshold, now, self.incidents)
         self.traffic = Traffic()  # of logins
         self.clients = dict.fromkeys(CLIENT_KEYS, 0)
         self.logins_timed_out = 0  # before the client had named its pool
@@ -400,11 +428,23 @@ class Recorder:
         before = self.pools
         self.pools = {}
         for name, threshold in pools:
-            recorder = before.get(name) or _recorder_of(name, threshold, now)
+            recorder = before.get(name) or _recorder_of(name, threshold, now, self.incidents)
             recorder.slow_query_threshold = threshold
             self.pools[name] = recorder
         for name in before.keys() - self.pools.keys():  # a counter never falls
             self.traffic.add(before[name].traffic)
+            before[name].why.close(now)
+
+    def settle(self, settings: Mapping[str, Settings]) -> None:
+        """What is in force now, by pool: verdicts say it."""
+        for name, each in settings.items():
+            if name in self.pools:
+                self.pools[name].why.settings = each
+
+    def close(self, now: float) -> None:
+        """The sidecar stops."""
+        for pool in self.pools.values():
+            pool.why.close(now)
 
     def config_refused(self) -> None:
         """The configuration could not be read again."""
@@ -415,6 +455,9 @@ class Recorder:
 
     def client_ended(self, listener: Listener, outcome: ClientOutcome) -> None:
         self.clients[listener, outcome] += 1
+        if listener is Listener.PG and outcome is ClientOutcome.REJECTED:
+            for pool in self.pools.values():  # which one it wanted may not be known
+                pool.why.flight.turned_away()
 
     def login_timed_out(self, pool: str | None) -> None:
         if pool is None:

@@ -1,0 +1,89 @@
+"""Numbers, names and commands as a verdict says them, to a person who is half awake.
+
+Pure. Names of clients' choosing are quoted and cut; a statement is always its normal form.
+"""
+
+from typing import Final
+
+from sidecar.observe.blame import POOL, UNNAMED
+from sidecar.observe.evidence import Evidence, Name, Settings
+
+_NAME: Final = 64
+_TEXT: Final = 160
+"""Characters of a name and of a statement within a sentence."""
+
+
+def lasting(seconds: float) -> str:
+    """``0.2 s``, ``45 s``, ``2 min 12 s``, ``3 h 5 min``."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min" + (f" {whole % 60} s" if whole % 60 else "")
+    minutes = whole // 60
+    return f"{minutes // 60} h" + (f" {minutes % 60} min" if minutes % 60 else "")
+
+
+def option(seconds: float) -> str:
+    """The value of a duration's option."""
+    return "off" if not seconds else lasting(seconds)
+
+
+def number(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 or value == round(value) else f"{value:.1f}"
+
+
+def percent(share: float) -> str:
+    return f"{min(share, 1.0) * 100:.0f} %"
+
+
+def counted(count: int, one: str, many: str = "") -> str:
+    return f"{count} {one if count == 1 else many or one + 's'}"
+
+
+def waiting(count: int) -> str:
+    """What follows a colon."""
+    return "nobody waits" if not count else f"{counted(count, 'client')} wait{'s' * (count == 1)}"
+
+
+def application(name: str) -> str:
+    if name in ("", UNNAMED):
+        return "an application without application_name"
+    return "the pool itself" if name == POOL else _clean(name, _NAME)
+
+
+def statement(name: Name) -> str:
+    return f"{_clean(name.text, _TEXT) or 'a statement without text'} ({name.fingerprint})"
+
+
+def _clean(text: str, most: int) -> str:
+    shown = "".join(c if c.isprintable() else " " for c in text[: most + 1])
+    return shown if len(shown) <= most else shown[: most - 1] + "…"
+
+
+def command(settings: Settings, order: str) -> str:
+    """To be copied into a shell."""
+    return f"{settings.console} -c '{order}'"
+
+
+def waits(e: Evidence) -> str:
+    text = f"{sentence(waiting(e.pending))}"
+    if e.pending:
+        text += f", the oldest for {lasting(e.oldest_wait)}"
+    if e.most_pending > e.pending:
+        text += f" (up to {e.most_pending} in the last {lasting(e.seconds)})"
+    if e.timeouts:
+        text += f"; {e.timeouts} waited in vain"
+    return text + "."
+
+
+def sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def host_of(server: str) -> str:
+    """What pg_isready takes, of the first of several servers."""
+    host, colon, port = server.partition(",")[0].strip().rpartition(":")
+    return f"host={host} port={port}" if colon and port.isdigit() else f"host={server}"
