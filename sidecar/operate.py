@@ -1,4 +1,5 @@
-"""What people may see of a running sidecar and do to it: the ``Control`` of the console.
+"""What people may see of a running sidecar and do to it: the ``Control`` of the console, and the
+``View`` of the API.
 
 Owns no state of the pools or of the listener: it reads theirs, and calls what they offer. Made by
 ``service``, which alone starts and stops.
@@ -9,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Final
 
 from sidecar.config import Config
-from sidecar.console.facts import Changes, PoolFacts, Totals
+from sidecar.console.facts import Changes
 from sidecar.errors import SidecarError
 from sidecar.events import (
     AcquireOutcome,
@@ -18,12 +19,14 @@ from sidecar.events import (
     ServerSnapshot,
     Stop,
 )
+from sidecar.facts import PoolFacts, Totals
 from sidecar.observe.recorder import PoolRecorder, Recorder
 from sidecar.pool import steering, telling
 from sidecar.pool.pool import Pool
 from sidecar.pool.server import clock
 from sidecar.proxy.directory import Directory
 from sidecar.proxy.listener import PgListener
+from sidecar.work import Holder
 
 log = logging.getLogger("pgsidecar")
 
@@ -84,6 +87,13 @@ class Operations:
     def servers(self) -> Iterator[ServerSnapshot]:
         for pool in list(self._directory):
             yield from telling.servers(pool)
+
+    def holders(self) -> list[Holder]:
+        """All leases, pool by pool; of templates too."""
+        found: list[Holder] = []
+        for gauges in self._directory.gauges(clock()):
+            found += gauges.holders()
+        return found
 
     def logins(self) -> int:
         return self._clients.logins

@@ -207,7 +207,7 @@ class Service:
         self.operations.listener = self._listener
         self.operations.directory = self._directory
         metrics = MetricsText(self.recorder, self.snapshots, self._clients, CollectorRegistry())
-        http = HttpServer(self.config.http, metrics, self.readiness, self.recorder)
+        http = HttpServer(self.config.http, metrics, self.readiness, self.recorder, self.operations)
         await self._listener.start()
         try:
             await http.start()
@@ -247,6 +247,8 @@ class Service:
                 self._saving = True
                 self._spawn(self._save_incidents())
             self._desk.tick(now)
+            if self._http is not None:
+                self._http.tick(now)
             due = max(due + TICK, now)
 
     async def _save_incidents(self) -> None:
@@ -263,6 +265,8 @@ class Service:
         assert self._listener is not None
         log.info("draining", extra={"clients": self._listener.clients})
         self._listener.stop_accepting()
+        if self._http is not None:
+            self._http.drain()
         has_sent_away = False
         deadline: float | None = None
         while self._stop is not Stop.NOW:

@@ -99,6 +99,7 @@ class Holder:
     since: float  # in this state
     transaction_since: float  # 0: none is open
     pin: str  # a PinReason, or empty
+    pinned_at: float = 0.0  # 0: it is not known
 
 
 @dataclass(frozen=True, slots=True)

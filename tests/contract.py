@@ -63,3 +63,8 @@ def check(path: str, status: int, content_type: str, body: object) -> None:
         for error in _answers(path, status, content_type).iter_errors(body)
     ]
     assert not errors, f"{path} {status}:\n" + "\n".join(errors[:10])
+
+
+def is_a(schema: str, value: object) -> None:
+    """The value is what the schema of this name says."""
+    validator({"$ref": f"#/components/schemas/{schema}"}).validate(value)

@@ -1,13 +1,17 @@
 """A /metrics page with the state behind it, and what the library's parsers read from it."""
 
+from collections.abc import Iterator
+
 from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics.parser import (
     text_string_to_metric_families as parse_openmetrics,
 )
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
+from sidecar import config_file
 from sidecar.events import (
     AcquireOutcome,
+    ClientSnapshot,
     CloseReason,
     ConnectReason,
     ErrorOrigin,
@@ -18,11 +22,14 @@ from sidecar.events import (
     PinReason,
     PoolMode,
     PoolSnapshot,
+    ServerSnapshot,
     TimeoutKind,
 )
+from sidecar.facts import PoolFacts
 from sidecar.observe.exposition import Format
 from sidecar.observe.metrics import MetricsText
 from sidecar.observe.recorder import Recorder
+from sidecar.work import Holder
 from tests.work import failure, gauges, holder, statement
 
 Labels = frozenset[tuple[str, str]]
@@ -50,6 +57,26 @@ IDLE = PoolSnapshot(
     pinned=dict.fromkeys(PinReason, 0),
     prepared_statements=0,
 )
+
+
+class Nobody:
+    """What the API sees of a sidecar without clients."""
+
+    config = config_file.parse(
+        '{"pools": {"main": {"dsn": "postgresql://web@db/app"}}}', {}, "test"
+    )
+
+    def pools(self) -> list[PoolFacts]:
+        return []
+
+    def clients(self) -> Iterator[ClientSnapshot]:
+        return iter(())
+
+    def servers(self) -> Iterator[ServerSnapshot]:
+        return iter(())
+
+    def holders(self) -> list[Holder]:
+        return []
 
 
 class Page:

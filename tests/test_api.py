@@ -18,7 +18,7 @@ from sidecar.api.server import HttpServer
 from sidecar.config import HttpConfig
 from sidecar.events import ClientOutcome, Listener
 from sidecar.observe.exposition import Format
-from tests.metrics_page import IDLE, Page
+from tests.metrics_page import IDLE, Nobody, Page
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
@@ -36,6 +36,7 @@ class Service:
             self.page.metrics,
             lambda: self.reasons,
             self.recorder,
+            Nobody(),
         )
 
     async def __aenter__(self) -> "Service":

@@ -39,10 +39,11 @@ ROOMS = {
     "pool": "work protocol config target events errors",
     "proxy": "work fingerprint pool protocol sql config config_values hba events errors",
     "observe": "work events",
-    "api": "work observe config events",
-    "console": "work protocol config config_changes config_values events errors",
+    "facts": "config events",
+    "api": "work observe facts config config_values events",
+    "console": "work protocol facts config config_changes config_values events errors",
     "circumstances": "observe config config_values",
-    "operate": "work console proxy pool observe config events errors",
+    "operate": "work console facts proxy pool observe config events errors",
     "service": "circumstances work operate console config_changes api observe proxy pool config events errors",
     "check": "work proxy pool protocol config events errors",
     "units": "",
@@ -58,6 +59,7 @@ PURE = (
         "errors",
         "events",
         "work",
+        "facts",
         "fingerprint",
         "grammar",
         "sql",
@@ -103,6 +105,10 @@ PURE = (
         "observe.families",
         "api.negotiate",
         "api.page",
+        "api.access",
+        "api.parameters",
+        "api.problems",
+        "api.shapes",
     ),
     *("console.commands", "console.extended", "console.rows", "console.facts"),
     *("units", "ask.answers", "ask.board", "ask.panes", "ask.frame", "ask.keys"),
@@ -116,7 +122,8 @@ IMPURE = {
 }
 
 LIBRARIES = {
-    "aiohttp": "api.app api.server ask.asker",  # what it answers, where it listens; who asks
+    # what it answers, where it listens; who asks
+    "aiohttp": "api.app api.server api.v1 ask.asker",
     "postgast": "grammar",
     "prometheus_client": "observe.metrics service",  # the service makes the registry
     "psycopg": "dsn demo.workload",  # connection strings; the demo's clients
@@ -127,7 +134,7 @@ LIBRARIES = {
     "rich": "ask.frame",
     "scramp": "protocol.authentication",
     "uvloop": "cli",
-    "yaml": "config_text",
+    "yaml": "config_text api.contract",
 }
 """Libraries of others, and the modules that know them: one each, where there is no reason."""
 

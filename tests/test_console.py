@@ -12,9 +12,10 @@ import pytest
 from sidecar import __version__
 from sidecar.console import commands, rows
 from sidecar.console.commands import Command, Verb
-from sidecar.console.facts import Averages, PoolFacts, Totals
+from sidecar.console.facts import Averages
 from sidecar.errors import SidecarError
 from sidecar.events import PinReason
+from sidecar.facts import PoolFacts, Totals
 from sidecar.protocol import messages as m
 from tests.sidecar_process import PATIENCE, environment
 from tests.wire import (

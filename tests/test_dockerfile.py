@@ -15,7 +15,7 @@ import pytest
 from sidecar import config_file
 from sidecar.api.server import HttpServer
 from sidecar.config import HttpConfig
-from tests.metrics_page import Page
+from tests.metrics_page import Nobody, Page
 
 ROOT = Path(__file__).parent.parent
 
@@ -138,7 +138,9 @@ async def http_port() -> AsyncIterator[int]:
     """The port of the real HTTP service; its PostgreSQL is down."""
     page = Page()
     options = HttpConfig(port=0)
-    server = HttpServer(options, page.metrics, lambda: ["PostgreSQL is down"], page.recorder)
+    server = HttpServer(
+        options, page.metrics, lambda: ["PostgreSQL is down"], page.recorder, Nobody()
+    )
     await server.start()
     yield server.address[1]
     await server.stop()

@@ -1,7 +1,7 @@
 """The routes of the HTTP service, and the report of each request to the observer.
 
 Nothing here waits for PostgreSQL, so metrics and health answer while it is down. Where it listens
-and how many may connect is ``server``'s business.
+and how many may connect is ``server``'s business, what is below ``/api`` that of ``v1``.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ from aiohttp import hdrs, web
 
 from sidecar.api.negotiate import accepts_gzip, choose_format
 from sidecar.api.page import index_page
+from sidecar.api.v1 import ApiV1
 from sidecar.observe.exposition import Format
 from sidecar.observe.metrics import MetricsText
 from sidecar.observe.recorder import Recorder
@@ -29,30 +30,37 @@ log = logging.getLogger(__name__)
 
 
 def build_app(
-    metrics: MetricsText, readiness: Callable[[], list[str]], recorder: Recorder
+    metrics: MetricsText, readiness: Callable[[], list[str]], recorder: Recorder, v1: ApiV1
 ) -> web.Application:
     """The application; ``readiness`` gives the reasons not to send traffic here, none if ready."""
-    api = _Api(metrics, readiness, recorder)
+    api = _Api(metrics, readiness, recorder, v1)
     app = web.Application(middlewares=[api.report])
     app.router.add_get("/", api.index)
     app.router.add_get("/metrics", api.metrics)
     app.router.add_get("/livez", api.livez)
     app.router.add_get("/readyz", api.readyz)
+    v1.add_to(app, recorder)
     for resource in app.router.resources():
         recorder.expect_http(resource.canonical, hdrs.METH_GET, 200)
     recorder.expect_http("/readyz", hdrs.METH_GET, 503)
     recorder.expect_http(OTHER, hdrs.METH_GET, 404)
+    recorder.expect_http(OTHER, hdrs.METH_GET, v1.refused)
     recorder.expect_http(OTHER, OTHER, 405)
     return app
 
 
 class _Api:
     def __init__(
-        self, metrics: MetricsText, readiness: Callable[[], list[str]], recorder: Recorder
+        self,
+        metrics: MetricsText,
+        readiness: Callable[[], list[str]],
+        recorder: Recorder,
+        v1: ApiV1,
     ) -> None:
         self._metrics = metrics
         self._readiness = readiness
         self._recorder = recorder
+        self._v1 = v1
 
     async def index(self, request: web.Request) -> web.Response:
         return web.Response(
@@ -94,7 +102,10 @@ class _Api:
         """Answer, send the answer here to have a deadline for it, and tell the observer."""
         loop = asyncio.get_running_loop()
         began = loop.time()
-        response = await _answer(request, handler)
+        if self._v1.is_meant(request):
+            response = await self._v1.answer(request, handler)
+        else:
+            response = await _answer(request, handler)
         try:
             async with asyncio.timeout_at(loop.time() + SEND_TIMEOUT):
                 await response.prepare(request)

@@ -10,7 +10,9 @@ from typing import cast
 
 from aiohttp import web
 
+from sidecar.api.answers import View
 from sidecar.api.app import build_app
+from sidecar.api.v1 import ApiV1
 from sidecar.config import HttpConfig
 from sidecar.events import ClientOutcome, Listener
 from sidecar.observe.metrics import MetricsText
@@ -45,11 +47,14 @@ class HttpServer:
         metrics: MetricsText,
         readiness: Callable[[], list[str]],
         recorder: Recorder,
+        view: View,
     ) -> None:
         self._config = config
         self._recorder = recorder
+        token = "" if config.token is None else config.token.get_secret_value()
+        self._v1 = ApiV1(view, recorder, token)
         self._runner = web.AppRunner(
-            build_app(metrics, readiness, recorder),
+            build_app(metrics, readiness, recorder, self._v1),
             access_log=access_log if config.access_log else None,
             keepalive_timeout=KEEPALIVE,
             lingering_time=LINGERING,
@@ -66,8 +71,17 @@ class HttpServer:
             lambda: _Door(self), self._config.host, self._config.port, backlog=BACKLOG
         )
 
+    def tick(self, now: float) -> None:
+        """Tell those who listen what has happened; every 100 ms."""
+        self._v1.streams.tick(now)
+
+    def drain(self) -> None:
+        """End the streams of events, and begin no more."""
+        self._v1.streams.close()
+
     async def stop(self) -> None:
         """Stop listening, give running requests a moment, close all connections."""
+        self.drain()
         if self._listener is not None:
             self._listener.close()
         await self._runner.cleanup()

@@ -6,7 +6,7 @@ Pure.
 from collections.abc import Container, Iterator
 from typing import Final
 
-from sidecar.console.facts import PoolFacts, View
+from sidecar.console.facts import View
 from sidecar.console.rows import Row, columns
 from sidecar.console.words import application_of, micro, query_of
 from sidecar.events import ClientSnapshot, PinReason, PoolMode, ServerSnapshot
@@ -39,7 +39,7 @@ def waits(view: View) -> Iterator[Row]:
         if not waiting:
             continue
         behind, oldest = _behind([each for each in servers if each.pool == name], clients)
-        reason = _why(facts)
+        _, reason = facts.why_wait()
         waiting.sort(key=lambda each: each.waiting_since)
         for ahead, client in enumerate(waiting):
             waited = view.now - client.waiting_since
@@ -61,20 +61,6 @@ def _behind(
     ids = [str(by_server[server.id]) for server in leased]
     more = ["..."] if len(ids) > _NAMED else []
     return ",".join(ids[:_NAMED] + more), leased[0].statement if leased else None
-
-
-def _why(facts: PoolFacts) -> str:
-    pool = facts.snapshot
-    if facts.is_paused:
-        return "the pool is paused"
-    if pool.used + pool.idle == 0 and facts.why_down:
-        return f"the server cannot be reached: {facts.why_down}"
-    reason = f"{pool.used} of {pool.max_size} connections in use"
-    if pool.used < pool.max_size and pool.connecting:
-        reason += f", {pool.connecting} being opened, checked or closed"
-    if pool.used < pool.max_size and facts.why_down:
-        reason += f"; another cannot be opened: {facts.why_down}"
-    return reason
 
 
 def holders(view: View, only: Container[int] | None = None) -> Iterator[Row]:

@@ -8,54 +8,13 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from sidecar.config import Config, PoolConfig
+from sidecar.config import Config
 from sidecar.console.insight import Insight
 from sidecar.events import ClientSnapshot, PoolSnapshot, ServerSnapshot, Stop
+from sidecar.facts import PoolFacts, Totals
 
 PERIOD: Final = 60.0
 """Seconds over which averages are taken (PgBouncer's ``stats_period``)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Totals:
-    """What happened since the start. Times in seconds."""
-
-    assignments: int = 0
-    transactions: int = 0
-    queries: int = 0
-    received: int = 0  # bytes from clients
-    sent: int = 0  # bytes to clients
-    transaction_time: float = 0.0
-    query_time: float = 0.0
-    wait_time: float = 0.0
-    client_parses: int = 0  # prepared statements with a name
-    server_parses: int = 0  # of them, those that a server connection did not have
-
-    def since(self, before: "Totals") -> "Totals":
-        return Totals(
-            self.assignments - before.assignments,
-            self.transactions - before.transactions,
-            self.queries - before.queries,
-            self.received - before.received,
-            self.sent - before.sent,
-            self.transaction_time - before.transaction_time,
-            self.query_time - before.query_time,
-            self.wait_time - before.wait_time,
-            self.client_parses - before.client_parses,
-            self.server_parses - before.server_parses,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class PoolFacts:
-    """One pool at one instant."""
-
-    snapshot: PoolSnapshot
-    config: PoolConfig
-    totals: Totals
-    is_paused: bool
-    is_disabled: bool
-    why_down: str  # why the last attempt to connect failed; empty if it did not
 
 
 @dataclass(frozen=True, slots=True)

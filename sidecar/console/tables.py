@@ -15,10 +15,11 @@ from sidecar.config import Config, redacted
 from sidecar.config_changes import needs_restart
 from sidecar.config_values import CONSOLE_DATABASE
 from sidecar.console import beyond, why
-from sidecar.console.facts import PoolFacts, Totals, View
+from sidecar.console.facts import View
 from sidecar.console.rows import Column, Row, columns
 from sidecar.console.words import application_of, flat, micro, word
 from sidecar.events import ClientSnapshot, ServerSnapshot
+from sidecar.facts import PoolFacts, Totals
 
 MODE: Final = "statement"
 """What PgBouncer calls the mode of its console."""

@@ -196,6 +196,7 @@ def holder(pool: str, server: ServerConnection) -> Holder:
         since=since,
         transaction_since=server.tx_started if server.tx_status != m.IDLE else 0.0,
         pin="" if server.pin is None else server.pin.value,
+        pinned_at=server.pinned_at,
     )
 
 
