@@ -34,6 +34,7 @@ HOT_MODULES = [
     "sidecar/proxy/errands.py",
     "sidecar/proxy/relay.py",
     "sidecar/observe/sketch.py",
+    "sidecar/observe/statements.py",
     "sidecar/observe/histogram.py",
     "sidecar/observe/recorder.py",
 ]

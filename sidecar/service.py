@@ -59,6 +59,8 @@ class Service:
             [(pool.name, pool.slow_query_threshold) for pool in config.pools.values()],
             clock,
             IncidentStore(config.incidents.keep, clock, config.incidents.directory),
+            config.statements.limit,
+            config.statements.exported,
         )
         self._files: Final = (
             None

@@ -61,10 +61,10 @@ class Statement:
         self.rows = 0  # returned or affected, by the command tags
         self.blamed = 0.0  # seconds that clients waited while it held connections
         self.errors: dict[str, int] = {}  # by SQLSTATE
-        self.recent: dict[
-            int, int
-        ] = {}  # durations by bucket of observe.sketch, since the last slot
-        self.is_retired = False  # not in the table any more
+        # durations by bucket of observe.sketch, since the last slot
+        self.recent: dict[int, int] = {}
+        # not in the table (any more); of an execution always: the hot path asks one question only
+        self.is_retired = shared is not None
 
     def __repr__(self) -> str:
         return f"<Statement {self.fingerprint} {self.text[:60]!r}>"

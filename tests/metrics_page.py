@@ -29,7 +29,7 @@ from sidecar.facts import PoolFacts
 from sidecar.observe.exposition import Format
 from sidecar.observe.metrics import MetricsText
 from sidecar.observe.recorder import Recorder
-from sidecar.work import Holder
+from sidecar.work import Holder, Statement
 from tests.work import failure, gauges, holder, statement
 
 Labels = frozenset[tuple[str, str]]
@@ -98,6 +98,15 @@ class Page:
             revision="abc123",
         )
 
+    def call(
+        self, fingerprint: str, operation: Operation = Operation.SELECT, took: float = 0.001
+    ) -> Statement:
+        """Of pool ``main``."""
+        pool = self.recorder.pool("main")
+        called = pool.statement(fingerprint, f"SELECT {fingerprint}", int(operation))
+        pool.query_done(called, took)
+        return called
+
     def samples(self, format: Format = Format.TEXT) -> dict[str, dict[Labels, float]]:
         """The value of every sample, by name and labels, as the library reads them."""
         parse = parse_text if format is Format.TEXT else parse_openmetrics
@@ -140,7 +149,7 @@ def fill(page: Page) -> None:
             pool.acquired(outcome, 0.02, number)
     for number, operation in enumerate(Operation, 1):
         for _ in range(number):
-            pool.query_done(statement(operation), 0.001 * number)
+            page.call(operation.label, operation, 0.001 * number)
             pool.query_slow(statement(operation))
     for number, connect_reason in enumerate(ConnectReason, 1):
         for _ in range(number):

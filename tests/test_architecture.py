@@ -100,6 +100,7 @@ PURE = (
         "observe.judge",
         "observe.watchman",
         "observe.statements",
+        "observe.exported",
         "observe.exposition",
         "observe.catalogue",
         "observe.families",

@@ -21,6 +21,7 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 ANY_VALUE = {"pool", "database", "user", "server", "mode", "sqlstate_class", "route", "method"} | {
     *("code", "application", "version", "revision", "python_version"),
     *("implementation", "major", "minor", "patchlevel"),
+    *("fingerprint", "query"),
 }
 """Labels whose values come from the configuration or are too many to be listed."""
 

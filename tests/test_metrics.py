@@ -74,6 +74,14 @@ leaked_connections                          gauge
 leaks_total                                 counter
 blamed_wait_seconds_total                   counter    application
 incidents_total                             counter    kind
+statement_calls_total                       counter    fingerprint
+statement_seconds_total                     counter    fingerprint
+statement_errors_total                      counter    fingerprint
+statement_rows_total                        counter    fingerprint
+statement_latency_seconds                   summary    fingerprint quantile
+statement_info                              gauge      fingerprint query
+statements_tracked                          gauge
+statements_evicted_total                    counter
 """
 SIDECAR = """
 client_connections                          gauge      listener
@@ -119,8 +127,9 @@ def pairs(**labels: Iterable[str]) -> set[Labels]:
 
 @pytest.mark.parametrize(("name", "kind", "labels"), CATALOGUE)
 def test_every_metric_of_the_contract_is_there(page, name, kind, labels):
-    """With type, help and exactly its labels, before anything has happened."""
+    """With type, help and exactly its labels, before anything has happened but one statement."""
     page.recorder.expect_http("/metrics", "GET", 200)
+    page.call("0123456789abcdef")
     written_kind, written_help = page.described(Format.TEXT)[f"pgsidecar_{name}"]
     assert written_kind == kind
     assert written_help.endswith(".") or ";" in written_help

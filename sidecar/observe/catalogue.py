@@ -30,7 +30,6 @@ from sidecar.observe.exposition import (
 )
 from sidecar.observe.families import (
     PREFIX,
-    QUANTILES,
     PerPool,
     Scrape,
     ScrapeFamily,
@@ -46,7 +45,7 @@ from sidecar.observe.histogram import (
     WAIT_BUCKETS,
 )
 from sidecar.observe.keys import CLIENT_KEYS, CONNECTION_ERROR_KEYS, ERROR_KEYS
-from sidecar.observe.sketch import WINDOWS
+from sidecar.observe.sketch import QUANTILES, WINDOWS
 
 
 def catalogue(pools: Iterable[str], revision: str) -> Iterable[Family[Scrape]]:
@@ -55,6 +54,7 @@ def catalogue(pools: Iterable[str], revision: str) -> Iterable[Family[Scrape]]:
     yield from _pool_families(per_pool)
     yield from _connection_families(per_pool)
     yield from _query_families(per_pool)
+    yield from _statement_families(per_pool)
     yield from _transaction_families(per_pool)
     yield from _state_families(per_pool)
     yield from _reason_families(per_pool)
@@ -190,6 +190,7 @@ def _query_families(pools: PerPool) -> Iterable[ScrapeFamily]:
         QUERY_BUCKETS,
         lambda pool: pool.queries,
         operations,
+        lambda pool: pool.statements.exemplars,
     )
     yield pools.quantiles(
         "query_latency_seconds",
@@ -229,6 +230,46 @@ def _query_families(pools: PerPool) -> Iterable[ScrapeFamily]:
         "Errors sent to clients, by who raised them and the class of their SQLSTATE.",
         lambda pool: pool.recorder.errors.values(),
         [{"origin": origin, "sqlstate_class": each} for origin, each in ERROR_KEYS],
+    )
+
+
+def _statement_families(pools: PerPool) -> Iterable[ScrapeFamily]:
+    """The statements that matter most, and how well the table of them does."""
+    yield pools.of_statements(
+        "statement_calls_total",
+        "counter",
+        "Queries that ended, failed ones included, by statement.",
+    )
+    yield pools.of_statements(
+        "statement_seconds_total",
+        "counter",
+        "Time from forwarding queries to their end, by statement.",
+    )
+    yield pools.of_statements(
+        "statement_errors_total",
+        "counter",
+        "Errors sent to clients, by the statement that failed.",
+    )
+    yield pools.of_statements(
+        "statement_rows_total", "counter", "Rows returned or affected, by statement."
+    )
+    yield pools.of_statements(
+        "statement_latency_seconds",
+        "summary",
+        "Rolling quantile of query durations within 5 minutes, at most 1 % off; NaN without samples.",
+    )
+    yield pools.of_statements(
+        "statement_info", "gauge", "The normalised text of a statement; always 1."
+    )
+    yield pools.metric(
+        "statements_tracked",
+        "Statements told apart now.",
+        lambda pool: [len(pool.recorder.statements)],
+    )
+    yield pools.metric(
+        "statements_evicted_total",
+        "Statements that made room for others, with their figures.",
+        lambda pool: [pool.recorder.statements.evicted],
     )
 
 

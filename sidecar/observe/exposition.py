@@ -11,11 +11,14 @@ from enum import Enum
 from itertools import accumulate, chain
 from math import isnan
 from operator import add
-from typing import Generic, Literal, TypeVar
+from typing import Final, Generic, Literal, TypeVar
 
 from sidecar.observe.histogram import Histogram
 
 Kind = Literal["counter", "gauge", "histogram", "summary"]
+
+_LONGEST_EXEMPLAR: Final = 128
+"""Characters, of names and values of its labels together (OpenMetrics 1.0, "Exemplars")."""
 
 Source = TypeVar("Source")
 """What the values are read from at a scrape."""
@@ -32,13 +35,15 @@ class Format(Enum):
 class Family(Generic[Source]):
     """One metric: its sample lines, read at a scrape, and what is said about it.
 
-    ``help`` is written as it is: no backslash, quote or newline.
+    ``help`` is written as it is: no backslash, quote or newline. ``with_exemplars`` are the lines in
+    OpenMetrics, where they have some; the text format knows none.
     """
 
     name: str
     kind: Kind
     help: str
     lines: Callable[[Source], Iterable[str]]
+    with_exemplars: Callable[[Source], Iterable[str]] | None = None
 
 
 class Exposition(Generic[Source]):
@@ -57,7 +62,10 @@ class Exposition(Generic[Source]):
         lines: list[str] = []
         for header, family in zip(self._headers[format], self.families, strict=True):
             lines.append(header)
-            lines.extend(family.lines(source))
+            if format is Format.OPENMETRICS and family.with_exemplars is not None:
+                lines.extend(family.with_exemplars(source))
+            else:
+                lines.extend(family.lines(source))
         lines.append("")
         return "\n".join(lines)
 
@@ -81,6 +89,15 @@ def histogram_prefixes(
         yield prefix(f"{name}_bucket", {**labels, "le": bound})
     yield prefix(f"{name}_sum", labels)
     yield prefix(f"{name}_count", labels)
+
+
+def exemplar(labels: Mapping[str, str], value: float, at: float) -> str:
+    """What follows the number of a bucket: of one of the events it counts. Empty if the labels are longer
+    than OpenMetrics allows; ``at`` is Unix time."""
+    if sum(map(len, chain(labels.keys(), labels.values()))) > _LONGEST_EXEMPLAR:
+        return ""
+    written = ",".join(f'{label}="{_escaped(text)}"' for label, text in labels.items())
+    return f" # {{{written}}} {value!r} {at:.3f}"
 
 
 def histogram_values(histogram: Histogram) -> list[float]:

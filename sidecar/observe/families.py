@@ -4,13 +4,15 @@ The tools of ``catalogue``, which has the families themselves.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, product
 
 from sidecar.events import PoolSnapshot
+from sidecar.observe.exported import Lines
 from sidecar.observe.exposition import (
     Family,
     Kind,
+    exemplar,
     fixed,
     histogram_prefixes,
     histogram_values,
@@ -19,9 +21,9 @@ from sidecar.observe.exposition import (
 )
 from sidecar.observe.histogram import Histogram
 from sidecar.observe.recorder import PoolRecorder, Recorder
+from sidecar.observe.statements import Exemplar
 
 PREFIX = "pgsidecar_"
-QUANTILES = (0.5, 0.9, 0.99)
 
 ClientCounts = tuple[int, int, int, int]
 """Client connections: PostgreSQL now and at most, HTTP now and at most."""
@@ -34,6 +36,7 @@ class PoolScrape:
     recorder: PoolRecorder
     snapshot: PoolSnapshot
     latency: list[tuple[list[float], int]]  # by window: the QUANTILES, and their samples
+    statements: Lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,9 @@ class Scrape:
     clients: ClientCounts
     previous_took: float  # seconds the previous scrape kept the event loop
 
+
+Exemplars = Mapping[int, Exemplar]
+"""The last one of each bucket."""
 
 Labels = Mapping[str, str]
 ScrapeFamily = Family[Scrape]
@@ -124,11 +130,37 @@ class PerPool:
         bounds: Sequence[float],
         read: Callable[[PoolRecorder], Iterable[Histogram]],
         labels: Iterable[Labels] = ({},),
+        exemplars: Callable[[PoolRecorder], Iterable[Exemplars]] | None = None,
     ) -> ScrapeFamily:
         def histograms(scrape: Scrape) -> Iterable[Histogram]:
             return chain.from_iterable(read(pool.recorder) for pool in scrape.pools)
 
-        return histogram(name, help, bounds, histograms, self.labels(labels))
+        family = histogram(name, help, bounds, histograms, self.labels(labels))
+        if exemplars is None:
+            return family
+        read_exemplars = exemplars
+
+        def with_exemplars(scrape: Scrape) -> Iterable[str]:
+            lines = list(family.lines(scrape))
+            first = 0  # line of a histogram: its buckets, +Inf, sum and count
+            for pool in scrape.pools:
+                for found in read_exemplars(pool.recorder):
+                    for bucket, (trace, took, at) in found.items():
+                        ids = {"trace_id": trace.trace_id, "span_id": trace.span_id}
+                        lines[first + bucket] += exemplar(ids, took, at)
+                    first += len(bounds) + 3
+            return lines
+
+        return replace(family, with_exemplars=with_exemplars)
+
+    def of_statements(self, name: str, kind: Kind, help: str) -> ScrapeFamily:
+        """A family whose lines come with the statements that have series."""
+        name = PREFIX + name
+
+        def lines(scrape: Scrape) -> Iterable[str]:
+            return chain.from_iterable(pool.statements[name] for pool in scrape.pools)
+
+        return Family(name, kind, help, lines)
 
     def labels(self, labels: Iterable[Labels]) -> list[Labels]:
         return [{"pool": name, **one} for name, one in product(self._names, labels)]

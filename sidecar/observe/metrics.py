@@ -16,10 +16,11 @@ from prometheus_client.openmetrics import exposition as openmetrics
 
 from sidecar.events import PoolSnapshot
 from sidecar.observe.catalogue import catalogue
+from sidecar.observe.exported import Lines
 from sidecar.observe.exposition import Exposition, Format
-from sidecar.observe.families import QUANTILES, ClientCounts, PoolScrape, Scrape
+from sidecar.observe.families import ClientCounts, PoolScrape, Scrape
 from sidecar.observe.recorder import PoolRecorder, Recorder
-from sidecar.observe.sketch import WINDOWS
+from sidecar.observe.sketch import QUANTILES, WINDOWS
 
 
 class MetricsText:
@@ -62,7 +63,7 @@ class MetricsText:
             self._build()
         snapshots = {snapshot.name: snapshot for snapshot in self.pools()}
         pools = [
-            PoolScrape(pool, snapshots[name], _latency(pool, now))
+            PoolScrape(pool, snapshots[name], _latency(pool, now), statement_lines(pool))
             for name, pool in self._recorder.pools.items()
         ]
         scrape = Scrape(self._recorder, pools, self._clients(), self._took)
@@ -85,3 +86,11 @@ class MetricsText:
 
 def _latency(pool: PoolRecorder, now: float) -> list[tuple[list[float], int]]:
     return [pool.latency.quantiles(window, now, QUANTILES) for window in WINDOWS]
+
+
+def statement_lines(pool: PoolRecorder) -> Lines:
+    queries = pool.queries
+    table = pool.statements
+    calls = sum(query.count() for query in queries)
+    seconds = sum(query.total for query in queries)
+    return pool.exported.scrape((calls, seconds, table.failures, table.rows()))

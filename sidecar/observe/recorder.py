@@ -31,6 +31,7 @@ from sidecar.events import (
 )
 from sidecar.observe.blame import Blame
 from sidecar.observe.evidence import Settings
+from sidecar.observe.exported import EXPORTED, ExportedStatements
 from sidecar.observe.failures import FailureTable
 from sidecar.observe.histogram import (
     LAG_BUCKETS,
@@ -56,7 +57,7 @@ from sidecar.observe.sketch import (
     RollingQuantiles,
     index_of,
 )
-from sidecar.observe.statements import StatementTable
+from sidecar.observe.statements import LIMIT, StatementTable
 from sidecar.observe.verdict import Verdict
 from sidecar.observe.why import Why
 from sidecar.work import Blocker, Failure, Holder, SlowQuery, Statement, Who
@@ -99,6 +100,7 @@ class PoolRecorder:
         "connection_errors",
         "creates",
         "errors",
+        "exported",
         "failures",
         "latency",
         "leaks",
@@ -128,6 +130,8 @@ class PoolRecorder:
         slow_query_threshold: float,
         now: float,
         incidents: IncidentStore | None = None,
+        limit: int = LIMIT,
+        exported: int = EXPORTED,
     ) -> None:
         self.name = name
         self.slow_query_threshold = slow_query_threshold  # seconds
@@ -149,7 +153,8 @@ class PoolRecorder:
         # began with them: they all last equally long.
         self._took = 0.0
         self._index = 0
-        self.statements = StatementTable()
+        self.statements = StatementTable(limit, now)
+        self.exported = ExportedStatements(name, self.statements, exported, now)
         self.errors = dict.fromkeys(ERROR_KEYS, 0)
         self.failures = FailureTable()
         self.blame = Blame()
@@ -214,19 +219,14 @@ class PoolRecorder:
         query.total += took
         place = QUERY_FIRST[index] + 1 if took > QUERY_EDGE[index] else QUERY_FIRST[index]
         query.counts[place] = query.counts[place] + 1
-        if statement.shared is not None:
-            statement = self._traced(statement, statement.shared)
+        if statement.is_retired:
+            statement = self.statements.home(statement, took, place, time.time())
         statement.calls += 1
         statement.seconds += took
         if took > statement.longest:
             statement.longest = took
         recent = statement.recent
         recent[index] = recent.get(index, 0) + 1
-
-    def _traced(self, execution: Statement, statement: Statement) -> Statement:
-        """One execution that has a trace context."""
-        statement.rows += execution.rows
-        return statement
 
     def transaction_done(self, committed: bool, took: float) -> None:
         if took != self._took:
@@ -284,6 +284,8 @@ class PoolRecorder:
         self.errors[key] += 1
         self.failures.note(failure, self._now)
         self.why.flight.failed(failure)
+        if failure.statement is not None:
+            self.statements.failed(failure.statement, failure.sqlstate)
 
     def overhead(self, took: float) -> None:
         self.overheads.observe(took)
@@ -357,6 +359,8 @@ class PoolRecorder:
         self._now = now
         self.latency.advance(now)
         self._peak.advance(now, self._used)
+        self.statements.tick(now)
+        self.exported.tick(now)
 
     def watch(self, now: float, gauges: PoolGauges) -> None:
         """The state of the pool now; every 100 ms."""
@@ -385,15 +389,11 @@ class SharedPoolRecorder(PoolRecorder):
         super().acquired(outcome, waited, self._used + 1 if is_lease else self._used)
 
 
-def _recorder_of(name: str, threshold: float, now: float, incidents: IncidentStore) -> PoolRecorder:
-    kind = SharedPoolRecorder if "*" in name else PoolRecorder
-    return kind(name, threshold, now, incidents)
-
-
 class Recorder:
     """What happened in the sidecar since the start. Implements ``events.Observer``.
 
-    ``pools`` gives the name and the slow-query threshold (seconds) of each pool.
+    ``pools`` gives the name and the slow-query threshold (seconds) of each pool; ``limit`` is how many
+    statements of each are told apart, and ``exported`` how many of them have series of their own.
     """
 
     def __init__(
@@ -401,21 +401,29 @@ class Recorder:
         pools: Sequence[tuple[str, float]],
         clock: Callable[[], float] = time.monotonic,
         incidents: IncidentStore | None = None,
+        limit: int = LIMIT,
+        exported: int = EXPORTED,
     ) -> None:
         self.clock = clock
         self.incidents = IncidentStore(KEEP, clock) if incidents is None else incidents
+        self._limit = limit
+        self._exported = exported
         self.config_read_at = time.time()
         self.is_config_read = True  # the last attempt went well
         now = clock()
         self.pools: dict[str, PoolRecorder] = {}
         for name, threshold in pools:
-            self.pools[name] = _recorder_of(name, threshold, now, self.incidents)
+            self.pools[name] = self._new(name, threshold, now)
         self.traffic = Traffic()  # of logins
         self.clients = dict.fromkeys(CLIENT_KEYS, 0)
         self.logins_timed_out = 0  # before the client had named its pool
         self.http_requests: dict[tuple[str, str, int], int] = {}  # by route, method, code
         self.http_durations: dict[str, Histogram] = {}  # by route
         self.lags = Histogram(LAG_BUCKETS)
+
+    def _new(self, name: str, threshold: float, now: float) -> PoolRecorder:
+        kind = SharedPoolRecorder if "*" in name else PoolRecorder
+        return kind(name, threshold, now, self.incidents, self._limit, self._exported)
 
     def pool(self, name: str) -> PoolRecorder:
         return self.pools[name]
@@ -428,7 +436,7 @@ class Recorder:
         before = self.pools
         self.pools = {}
         for name, threshold in pools:
-            recorder = before.get(name) or _recorder_of(name, threshold, now, self.incidents)
+            recorder = before.get(name) or self._new(name, threshold, now)
             recorder.slow_query_threshold = threshold
             self.pools[name] = recorder
         for name in before.keys() - self.pools.keys():  # a counter never falls

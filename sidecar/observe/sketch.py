@@ -36,6 +36,9 @@ SLOT: Final = 10.0
 WINDOWS: Final = {"1m": 6, "5m": 30}
 """Windows by name, each with its number of slots."""
 
+QUANTILES: Final = (0.5, 0.9, 0.99)
+"""Those that are shown."""
+
 _LONGEST: Final = max(WINDOWS.values())  # slots
 
 PEAK_SLOT: Final = 5.0
