@@ -29,9 +29,8 @@ from sidecar.api.shapes import Json, Moment
 from sidecar.config import Config, redacted
 from sidecar.events import ClientSnapshot, ServerSnapshot
 from sidecar.facts import PoolFacts
-from sidecar.observe.families import QUANTILES
 from sidecar.observe.recorder import PoolRecorder, Recorder
-from sidecar.observe.sketch import SLOT, WINDOWS
+from sidecar.observe.sketch import QUANTILES, SLOT, WINDOWS
 from sidecar.work import Blocker, Holder, Statement
 
 T = TypeVar("T")
