@@ -25,6 +25,7 @@ HOT_MODULES = [
     "sidecar/proxy/policy.py",
     "sidecar/proxy/rewriter.py",
     "sidecar/proxy/texts.py",
+    "sidecar/proxy/tags.py",
     "sidecar/proxy/statements.py",
     "sidecar/proxy/requests.py",
     "sidecar/proxy/replies.py",

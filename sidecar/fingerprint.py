@@ -44,7 +44,7 @@ _LITERAL: Final = b"0"
 _AFTER_SIGN: Final = frozenset(
     (b"(", b",", b"[", b"=", b"<", b">", b"<=", b">=", b"<>", b"!=", b"+", b"-", b"*", b"/")
 )
-_VALUES_OF_SETTINGS: Final = frozenset((b"role", b"user", b"database", b"system"))
+_CONSTANTS: Final = frozenset((b"null", b"true", b"false"))
 
 
 class Form:
@@ -109,15 +109,15 @@ _MORE: Final = b"\0more"
 """Among what is shown: here the rest of a list was."""
 
 
-def normalise(text: bytes) -> Form:
-    """The form of a text."""
+def normalise(text: bytes, longest: int = LONGEST) -> Form:
+    """The form of a text, by its first ``longest`` bytes."""
     words: list[bytes] = []
     shown: list[bytes] = []
     blank: list[bytes] = []
     spaced: list[bool] = []
     is_spaced = False
-    is_clean = is_whole = len(text) <= LONGEST
-    part = text if is_whole else text[:LONGEST]
+    is_clean = is_whole = len(text) <= longest
+    part = text if is_whole else text[:longest]
     size = len(part)
     for match in _tokens(part):
         kind = match.lastgroup
@@ -224,6 +224,27 @@ def spans_of(text: bytes) -> tuple[tuple[int, int], ...] | None:
         at += size
     return tuple(spans)
 
+
+def squeeze(code: bytes) -> bytes | None:
+    """The *code* of a long text in short: a number for every literal in a list, and of lists and rows
+    of VALUES what comes first. None: that is not how it can be told.
+
+    For clean texts; in C throughout, 10 us for each KiB: a thousand rows would take 20 ms to normalise.
+    """
+    short = _number.sub(b"0", code.replace(b"''", b"'"))
+    for value in (b"-0", b"'", b"NULL", b"null", b"true", b"false"):
+        if value in short:
+            for before in (b"(", b",", b", "):
+                short = short.replace(before + value, before + b"0")
+    short = _equal_rows.sub(rb"\1", short)
+    return None if _number_in_name(short) else _in_list.sub(rb"\1(0)", short)
+
+
+_number = re.compile(rb"(?<![A-Za-z0-9_$.\x80-\xff])[0-9][0-9.]*+")
+# A row has no quotes and begins no comment: after many of them, a text is read as after one.
+_equal_rows = re.compile(rb"(\([^()\"$/]*+\))(?:\s*+,\s*+\1)++")
+_in_list = re.compile(rb"\b([Ii][Nn] ?)\(0(?:, ?0)++\)")
+_number_in_name = re.compile(rb'"[^"]*[^"A-Za-z0-9_$.\x80-\xff][0-9][^"]*"').search
 
 _has_digit = re.compile(rb"[0-9]").search
 
@@ -356,12 +377,16 @@ def _shorten_rows(words: list[bytes], shown: list[bytes], blank: list[bytes], st
         end = pos
         depth = 0
         while end < size:
-            if words[end] == b"(":
+            word = words[end]
+            if word == b"(":
                 depth += 1
-            elif words[end] == b")":
+            elif word == b")":
                 depth -= 1
                 if depth == 0:
                     break
+            elif word in _CONSTANTS and words[end - 1] in (b"(", b",") and depth == 1:
+                words[end] = shown[end] = _LITERAL
+                blank[end] = b"1"
             end += 1
         this = [word for word in words[pos : end + 1] if word]
         is_cut = end == size and len(this) < len(row)

@@ -78,6 +78,7 @@ PURE = (
         "pool.leaks",
         "proxy.scrub",
         "proxy.texts",
+        "proxy.tags",
         "proxy.expect",
         "proxy.prepared",
         "proxy.settings",
