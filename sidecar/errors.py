@@ -8,17 +8,25 @@ retry is safe: ``retryable`` means that nothing was sent to the server.
 class SidecarError(Exception):
     """Base of everything this project raises on purpose.
 
-    ``detail`` and ``hint`` become the fields of the same name of an ErrorResponse.
+    ``detail`` and ``hint`` become the fields of the same name of an ErrorResponse. ``logged`` is the
+    message for everybody but the client, where it may have some of the client's data in it.
     """
 
     sqlstate = "XX000"
     retryable = False
 
     def __init__(
-        self, message: str, *, detail: str = "", hint: str = "", sqlstate: str | None = None
+        self,
+        message: str,
+        *,
+        detail: str = "",
+        hint: str = "",
+        sqlstate: str | None = None,
+        logged: str = "",
     ) -> None:
         super().__init__(message)
         self.message = message
+        self.logged = logged or message
         self.detail = detail
         self.hint = hint
         if sqlstate is not None:

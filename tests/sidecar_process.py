@@ -43,6 +43,7 @@ def configuration(
     log: Mapping[str, object] | None = None,
     users: Mapping[str, object] | None = None,
     console: Mapping[str, object] | None = None,
+    incidents: Mapping[str, object] | None = None,
     drain_timeout: str = "1s",
     **main: object,
 ) -> str:
@@ -58,6 +59,7 @@ def configuration(
         "log": log or {},
         "users": users or {},
         "console": console or {},
+        "incidents": incidents or {},
         "pools": pools,
         "drain_timeout": drain_timeout,
     }

@@ -80,7 +80,7 @@ def report(
     is_network = isinstance(error, ServerConnectionLost)
     origin = ErrorOrigin.NETWORK if is_network else ErrorOrigin.SIDECAR
     pool.observer.query_failed(
-        Failure(origin, error.sqlstate, error.message, who.application, statement)
+        Failure(origin, error.sqlstate, error.logged, who.application, statement)
     )
     return m.error_response(
         severity, error.sqlstate, error.message, detail=error.detail, hint=error.hint
@@ -125,6 +125,6 @@ def log_closed(pool: Pool, client: Client, error: SidecarError) -> None:
             "client": client.address,
             "user": client.user,
             "sqlstate": error.sqlstate,
-            "cause": error.message,
+            "cause": error.logged,
         },
     )

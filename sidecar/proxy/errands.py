@@ -17,6 +17,7 @@ from sidecar.proxy.carrier import Carrier
 from sidecar.proxy.pins import Inquiry, reason_of
 from sidecar.proxy.replies import CHECKED, Replies
 from sidecar.proxy.requests import Requests
+from sidecar.proxy.scrub import message_of
 from sidecar.sql import NONE
 
 
@@ -157,7 +158,8 @@ class Errands:
         if error is not None:
             host.leave(server, CloseReason.SETTINGS_FAILED, now)
             text = m.error_fields(error).get("M", "a startup parameter was refused")
-            host.fail(SidecarError(text, sqlstate=m.sqlstate_of(error)))
+            logged = message_of(error, None)
+            host.fail(SidecarError(text, sqlstate=m.sqlstate_of(error), logged=logged))
         elif rest:
             host.forward(server, rest, now)
         elif server.expected and server.expected[0] <= expect.AUTOMATIC:

@@ -18,6 +18,7 @@ from sidecar.pool.pool import Pool
 from sidecar.pool.server import ServerConnection, clock
 from sidecar.protocol import messages as m
 from sidecar.proxy.carrier import Carrier
+from sidecar.proxy.scrub import message_of
 from sidecar.work import Who
 
 
@@ -70,6 +71,7 @@ class Greeting:
                 detail=fields.get("D", ""),
                 hint=fields.get("H", ""),
                 sqlstate=m.sqlstate_of(carrier.error),
+                logged=message_of(carrier.error, None),
             )
         held, self._held = self._held, b""
         return held

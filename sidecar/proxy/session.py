@@ -476,7 +476,7 @@ class Session:
         )
 
     def _refuse(self, error: SidecarError) -> None:
-        self._log_refusal(error.sqlstate, error.message)
+        self._log_refusal(error.sqlstate, error.logged)
         self.write(
             m.error_response(
                 "FATAL", error.sqlstate, error.message, detail=error.detail, hint=error.hint
