@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from sidecar.config import Config, ListenConfig, PoolConfig, ServerTarget, remarks
 from sidecar.errors import ConfigError, ServerError, SidecarError
 from sidecar.events import Traffic
-from sidecar.pool import health
+from sidecar.pool import health, sideline
 from sidecar.pool.server import ServerConnection, clock
 from sidecar.protocol import messages as m
 from sidecar.protocol.x509 import not_after
 from sidecar.proxy.certificates import read_identity
 from sidecar.proxy.credentials import first_line
-from sidecar.proxy.lookup import ask, auth_target
+from sidecar.proxy.lookup import MOST_ROWS, auth_target, check_answer
 from sidecar.work import Who
 
 _SOME_DATABASE = "postgres"
@@ -136,8 +136,9 @@ async def _problem_of_auth_query(pool: PoolConfig) -> str:
     deadline = clock() + pool.connect_timeout
     try:
         await server.open(deadline)
-        answer = await ask(server, pool.auth_query, server.target.user, deadline)
-        answer.check()
+        user = server.target.user
+        answer = await sideline.ask(server, pool.auth_query, user, MOST_ROWS, deadline)
+        check_answer(answer)
     except (OSError, SidecarError) as exc:
         return health.describe(exc)
     finally:
