@@ -5,12 +5,12 @@ a change of the metrics contract. ``pool`` and ``proxy`` report to the ``Observe
 of Prometheus.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import Protocol
 
-from sidecar.work import Failure, Holder, SlowQuery, Statement, Who
+from sidecar.work import Blocker, Failure, Holder, SlowQuery, Statement, Who
 
 
 class PoolMode(StrEnum):
@@ -367,6 +367,10 @@ class PoolObserver(Protocol):
 
     def slow_query_seen(self, slow: SlowQuery) -> None:
         """What a query that crossed the threshold waits for: the server has been asked."""
+
+    def blocked_seen(self, blocked: Mapping[int, Blocker]) -> None:
+        """By the id of the server connection: the leases that wait for a lock, each with the root
+        of its chain. Called when it has changed, or may have."""
 
     def query_failed(self, failure: Failure) -> None:
         """The client was sent an ErrorResponse, or should have been."""

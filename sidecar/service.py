@@ -291,6 +291,7 @@ class Service:
         now = clock()
         for pool in self.directory:
             pool.close(now)
+        self.directory.close()
         self._listener.end_all()
         deadline = clock() + _CLOSE_TIMEOUT
         while clock() < deadline and any(pool.state.size for pool in self.directory):  # noqa: ASYNC110  once in a life; an event would need a hook in the hot path

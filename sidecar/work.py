@@ -123,8 +123,10 @@ class Blocker:
     wait_event: str
     application: str
     user: str
-    is_ours: bool  # one of this pool's connections
-    holder: Holder | None  # then: its lease
+    is_ours: bool  # one of the sidecar's connections
+    holder: Holder | None  # then: its lease; None if its client is gone
+    address: str = ""  # of who is connected to it, where the server tells
+    age: float = 0.0  # seconds in this state
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,6 +76,7 @@ PURE = (
         "pool.state",
         "pool.budget",
         "pool.leaks",
+        "pool.chains",
         "proxy.scrub",
         "proxy.texts",
         "proxy.tags",

@@ -1,4 +1,5 @@
-"""The label values of what is counted by several labels at once. Each has a count from the start.
+"""Which values of the enums are counted together: label values, each of which has a count from the
+start, and those that mean one thing.
 
 Pure.
 """
@@ -6,7 +7,15 @@ Pure.
 from itertools import product
 from typing import Final
 
-from sidecar.events import CONNECTION_ERRORS, ClientOutcome, ErrorOrigin, Listener
+from sidecar.events import (
+    CONNECTION_ERRORS,
+    AcquireOutcome,
+    ClientOutcome,
+    CloseReason,
+    ErrorOrigin,
+    Listener,
+    Phase,
+)
 
 # The classes of errcodes.txt in PostgreSQL 18's sources. A function can raise any other.
 SQLSTATE_CLASSES: Final[tuple[str, ...]] = (
@@ -22,3 +31,11 @@ CONNECTION_ERROR_KEYS: Final = tuple(
     (phase, reason) for phase, reasons in CONNECTION_ERRORS.items() for reason in reasons
 )
 CLIENT_KEYS: Final = tuple(product(Listener, ClientOutcome))
+
+FAILED_ACQUIRES: Final = (
+    AcquireOutcome.TIMEOUT,
+    AcquireOutcome.REJECTED,
+    AcquireOutcome.CANCELLED,
+)
+LOSSES: Final = (CloseReason.SERVER_CLOSED, CloseReason.PING_FAILED, CloseReason.PING_TIMEOUT)
+OPENING: Final = (Phase.CONNECT, Phase.TLS, Phase.AUTH)

@@ -9,6 +9,7 @@ can be derived from other counts is derived when it is read (``acquires``, ``tra
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import log
 from typing import Final
@@ -29,6 +30,7 @@ from sidecar.events import (
     TimeoutKind,
     Traffic,
 )
+from sidecar.observe import keys
 from sidecar.observe.blame import Blame
 from sidecar.observe.evidence import Settings
 from sidecar.observe.exported import EXPORTED, ExportedStatements
@@ -46,7 +48,6 @@ from sidecar.observe.histogram import (
     Histogram,
 )
 from sidecar.observe.incidents import KEEP, IncidentStore
-from sidecar.observe.keys import CLIENT_KEYS, CONNECTION_ERROR_KEYS, ERROR_KEYS, OTHER
 from sidecar.observe.sketch import (
     HIGHEST,
     LAST,
@@ -62,17 +63,10 @@ from sidecar.observe.verdict import Verdict
 from sidecar.observe.why import Why
 from sidecar.work import Blocker, Failure, Holder, SlowQuery, Statement, Who
 
-FAILED_ACQUIRES: Final = (
-    AcquireOutcome.TIMEOUT,
-    AcquireOutcome.REJECTED,
-    AcquireOutcome.CANCELLED,
-)
+KEPT_SLOW_QUERIES: Final = 100
 _WAITED: Final = AcquireOutcome.WAITED
 _IMMEDIATE: Final = AcquireOutcome.IMMEDIATE
 _TIMEOUT: Final = AcquireOutcome.TIMEOUT
-
-_LOSSES: Final = (CloseReason.SERVER_CLOSED, CloseReason.PING_FAILED, CloseReason.PING_TIMEOUT)
-_OPENING: Final = (Phase.CONNECT, Phase.TLS, Phase.AUTH)
 
 
 class PoolRecorder:
@@ -115,6 +109,7 @@ class PoolRecorder:
         "queries",
         "reconnects",
         "slow",
+        "slow_queries",
         "slow_query_threshold",
         "statements",
         "timeouts",
@@ -139,7 +134,7 @@ class PoolRecorder:
         self._now = now  # as of the last ``tick``
         self._immediate = 0
         self._waited = 0
-        self._failed_acquires = dict.fromkeys(FAILED_ACQUIRES, 0)
+        self._failed_acquires = dict.fromkeys(keys.FAILED_ACQUIRES, 0)
         self._waits = Histogram(WAIT_BUCKETS)  # of all requests but the immediate ones
         self._used = 0
         self._peak = RollingPeak(now)
@@ -155,7 +150,7 @@ class PoolRecorder:
         self._index = 0
         self.statements = StatementTable(limit, now)
         self.exported = ExportedStatements(name, self.statements, exported, now)
-        self.errors = dict.fromkeys(ERROR_KEYS, 0)
+        self.errors = dict.fromkeys(keys.ERROR_KEYS, 0)
         self.failures = FailureTable()
         self.blame = Blame()
         self.blocked: dict[int, Blocker] = {}
@@ -178,7 +173,7 @@ class PoolRecorder:
         self.opened = dict.fromkeys(ConnectReason, 0)
         self.closed = dict.fromkeys(CloseReason, 0)
         self.creates = Histogram(WAIT_BUCKETS)
-        self.connection_errors = dict.fromkeys(CONNECTION_ERROR_KEYS, 0)
+        self.connection_errors = dict.fromkeys(keys.CONNECTION_ERROR_KEYS, 0)
         self.reconnects = {True: 0, False: 0}  # by success
         self.pings = dict.fromkeys(PingOutcome, 0)
         self.ping_durations = Histogram(WAIT_BUCKETS)
@@ -186,6 +181,8 @@ class PoolRecorder:
         self.pins = dict.fromkeys(PinReason, 0)
         self.parses = {True: 0, False: 0}  # by whether the statement was there already
         self.traffic = Traffic()
+        self.slow_queries: deque[tuple[float, SlowQuery]] = deque(maxlen=KEPT_SLOW_QUERIES)
+        """With the instants at which the server was asked."""
 
     # The hot path. ``list[i] = list[i] + 1``, since compiled that adds plain integers, ``+=`` objects.
     # Measured, ns a call: interpreted 60, 150, 270, 150 in this order (30 of them are the
@@ -265,6 +262,10 @@ class PoolRecorder:
 
     def slow_query_seen(self, slow: SlowQuery) -> None:
         self.why.flight.slow_query(slow)
+        self.slow_queries.append((slow.holder.since + slow.age, slow))
+
+    def blocked_seen(self, blocked: Mapping[int, Blocker]) -> None:
+        self.blocked = dict(blocked)
 
     def leak_began(self, holder: Holder) -> None:
         self.leaks[holder.server] = holder
@@ -280,7 +281,7 @@ class PoolRecorder:
         origin = ErrorOrigin(failure.origin)
         key = (origin, failure.sqlstate[:2])
         if key not in self.errors:
-            key = (origin, OTHER)
+            key = (origin, keys.OTHER)
         self.errors[key] += 1
         self.failures.note(failure, self._now)
         self.why.flight.failed(failure)
@@ -296,12 +297,12 @@ class PoolRecorder:
 
     def connection_closed(self, reason: CloseReason) -> None:
         self.closed[reason] += 1
-        if reason in _LOSSES:
+        if reason in keys.LOSSES:
             self.why.flight.lost()
 
     def connection_failed(self, phase: Phase, reason: ErrorReason) -> None:
         self.connection_errors[phase, reason] += 1
-        if phase in _OPENING:
+        if phase in keys.OPENING:
             self.why.flight.refused()
 
     def reconnected(self, ok: bool) -> None:
@@ -415,7 +416,7 @@ class Recorder:
         for name, threshold in pools:
             self.pools[name] = self._new(name, threshold, now)
         self.traffic = Traffic()  # of logins
-        self.clients = dict.fromkeys(CLIENT_KEYS, 0)
+        self.clients = dict.fromkeys(keys.CLIENT_KEYS, 0)
         self.logins_timed_out = 0  # before the client had named its pool
         self.http_requests: dict[tuple[str, str, int], int] = {}  # by route, method, code
         self.http_durations: dict[str, Histogram] = {}  # by route

@@ -1,5 +1,6 @@
 """The observers that record nothing."""
 
+from collections.abc import Mapping
 from typing import Final
 
 from sidecar.events import (
@@ -16,7 +17,7 @@ from sidecar.events import (
     TimeoutKind,
     Traffic,
 )
-from sidecar.work import OTHER_STATEMENT, Failure, Holder, SlowQuery, Statement, Who
+from sidecar.work import OTHER_STATEMENT, Blocker, Failure, Holder, SlowQuery, Statement, Who
 
 _ANY: Final = [Statement(OTHER_STATEMENT, "", int(operation)) for operation in Operation]
 
@@ -37,6 +38,7 @@ class NullPoolRecorder:
     def query_done(self, statement: Statement, took: float) -> None: ...
     def query_slow(self, statement: Statement) -> None: ...
     def slow_query_seen(self, slow: SlowQuery) -> None: ...
+    def blocked_seen(self, blocked: Mapping[int, Blocker]) -> None: ...
     def query_failed(self, failure: Failure) -> None: ...
     def leak_began(self, holder: Holder) -> None: ...
     def leak_ended(self, holder: Holder) -> None: ...

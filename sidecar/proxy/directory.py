@@ -20,6 +20,7 @@ from sidecar.errors import SidecarError
 from sidecar.events import Observer, PoolGauges, PoolObserver, PoolSnapshot, Traffic
 from sidecar.pool import health, report, steering
 from sidecar.pool.budget import Budget
+from sidecar.pool.diagnosis import Diagnosis
 from sidecar.pool.opening import Spawn
 from sidecar.pool.pool import Pool
 from sidecar.pool.report import in_one
@@ -42,12 +43,14 @@ class Directory:
         self._gone: list[PoolTables] = []  # pools that a reload took away, while they have clients
         self._gone_templates: list[_Template] = []  # so
         self._config = config
+        self._diagnoses: Final[dict[str, Diagnosis]] = {}
         for each in config.pools.values():
             self._add(each)
 
     def _add(self, config: PoolConfig) -> None:
         name = config.name
         told = self._observer.pool(name), self._observer.pool_traffic(name)
+        self._diagnoses[name] = Diagnosis(told[0], self._spawn, lambda: self)
         if config.is_template:
             self._templates[name] = _Template(config, *told, self._spawn)
         else:
@@ -92,6 +95,7 @@ class Directory:
         return gone
 
     def _remove(self, name: str) -> list[Pool]:
+        self._diagnoses.pop(name).close()
         if name in self._templates:
             template = self._templates.pop(name)
             self._gone_templates.append(template)
@@ -150,6 +154,19 @@ class Directory:
             tables.texts.tick()
         self._gone = [each for each in self._gone if each.pool.state.size or each.clients]
         self._gone_templates = [each for each in self._gone_templates if each.pools]
+        for name, diagnosis in self._diagnoses.items():
+            diagnosis.tick(self._members(name), now)
+
+    def close(self) -> None:
+        """Every pool is being closed: the server is asked nothing more about them."""
+        for diagnosis in self._diagnoses.values():
+            diagnosis.close()
+
+    def _members(self, name: str) -> Iterable[Pool]:
+        """The pools of one entry that have connections, or clients that wait."""
+        if name in self._fixed:
+            return (self._fixed[name].pool,)
+        return self._templates[name].members()
 
     def snapshots(self, now: float) -> list[PoolSnapshot]:
         """One for each entry of the configuration, all pools of a template in one."""
@@ -168,7 +185,7 @@ class Directory:
                 pool = self._fixed[name].pool
                 pools, is_up, why_down = [pool], pool.opener.is_up, pool.opener.why_down()
             else:
-                pools = list(self._templates[name].members())
+                pools = list(self._members(name))
                 down = next(filter(_is_down, pools), None)
                 is_up, why_down = down is None, "" if down is None else down.opener.why_down()
             found.append(
