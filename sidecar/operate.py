@@ -21,9 +21,10 @@ from sidecar.events import (
 )
 from sidecar.facts import PoolFacts, Totals
 from sidecar.observe.recorder import PoolRecorder, Recorder
-from sidecar.pool import steering, telling
+from sidecar.pool import report, steering, telling
 from sidecar.pool.pool import Pool
 from sidecar.pool.server import clock
+from sidecar.pool.state import ConnectionState
 from sidecar.proxy.directory import Directory
 from sidecar.proxy.listener import PgListener
 from sidecar.work import Holder
@@ -88,12 +89,12 @@ class Operations:
         for pool in list(self._directory):
             yield from telling.servers(pool)
 
-    def holders(self) -> list[Holder]:
-        """All leases, pool by pool; of templates too."""
-        found: list[Holder] = []
-        for gauges in self._directory.gauges(clock()):
-            found += gauges.holders()
-        return found
+    def holders(self) -> Iterator[Holder]:
+        """Of each lease, as it is when it is asked for: the caller may pause between."""
+        for pool in list(self._directory):
+            for server in list(pool.state.active):
+                if server.state is ConnectionState.ACTIVE:
+                    yield report.holder(pool.name, server)
 
     def logins(self) -> int:
         return self._clients.logins

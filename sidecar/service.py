@@ -250,7 +250,7 @@ class Service:
                 self._spawn(self._save_incidents())
             self._desk.tick(now)
             if self._http is not None:
-                self._http.tick(now)
+                self._http.tick()
             due = max(due + TICK, now)
 
     async def _save_incidents(self) -> None:

@@ -1,14 +1,15 @@
-"""A client of the JSON API that holds each answer against the contract."""
+"""A client of the JSON API that holds each answer against the contract; and clients to be told of."""
 
 import asyncio
 import json
 import re
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Self
 
 import aiohttp
+import psycopg
 
 from tests.contract import Json, check, contract
 from tests.sidecar_process import PATIENCE, Sidecar
@@ -121,3 +122,24 @@ class Events:
         """Until the stream is over."""
         while await self.block():
             pass
+
+
+class Clients:
+    """Connections to the sidecar by application, closed in the end."""
+
+    def __init__(self, sidecar: Sidecar, stack: AsyncExitStack) -> None:
+        self._sidecar = sidecar
+        self._stack = stack
+
+    async def connect(self, application: str) -> psycopg.AsyncConnection:
+        dsn = self._sidecar.dsn(application_name=application)
+        conn = await psycopg.AsyncConnection.connect(dsn, autocommit=True)
+        self._stack.push_async_callback(conn.close)
+        return conn
+
+    async def holding(self, application: str, query: str = "select 1") -> psycopg.AsyncConnection:
+        """One in an open transaction."""
+        conn = await self.connect(application)
+        await conn.execute("begin")
+        await conn.execute(query)
+        return conn

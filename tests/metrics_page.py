@@ -75,8 +75,8 @@ class Nobody:
     def servers(self) -> Iterator[ServerSnapshot]:
         return iter(())
 
-    def holders(self) -> list[Holder]:
-        return []
+    def holders(self) -> Iterator[Holder]:
+        return iter(())
 
 
 class Page:

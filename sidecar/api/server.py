@@ -71,9 +71,9 @@ class HttpServer:
             lambda: _Door(self), self._config.host, self._config.port, backlog=BACKLOG
         )
 
-    def tick(self, now: float) -> None:
+    def tick(self) -> None:
         """Tell those who listen what has happened; every 100 ms."""
-        self._v1.streams.tick(now)
+        self._v1.streams.tick()
 
     def drain(self) -> None:
         """End the streams of events, and begin no more."""

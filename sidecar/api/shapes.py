@@ -7,7 +7,7 @@ microseconds.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import isnan
-from typing import Any, Final
+from typing import Final
 
 from sidecar.events import (
     ClientSnapshot,
@@ -17,6 +17,7 @@ from sidecar.events import (
     ServerSnapshot,
 )
 from sidecar.facts import PoolFacts
+from sidecar.observe.failures import FailureEntry
 from sidecar.work import Blocker, Holder, SlowQuery, Statement, Who
 
 Json = dict[str, object]
@@ -288,7 +289,7 @@ def _root(slow: SlowQuery) -> Blocker | None:
     return next((one for one in slow.blockers if not one.waits_for), None)
 
 
-def failure(pool: str, each: Any, moment: Moment) -> Json:
+def failure(pool: str, each: FailureEntry, moment: Moment) -> Json:
     return {
         "pool": pool,
         "origin": each.origin,

@@ -8,6 +8,7 @@ import asyncio
 import json
 from collections import deque
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Final
 
 from sidecar.api import explained, shapes
@@ -22,6 +23,8 @@ QUEUED: Final = 64
 """Events that one may have waiting; with one a second, a minute's."""
 PERIOD: Final = 1.0
 """Seconds between two ``gauges``."""
+_TICKS: Final = 5
+"""In which they are made."""
 HEARTBEAT: Final = 10.0
 """Seconds without an event, after which there is a comment, so that a dead connection is noticed."""
 
@@ -72,9 +75,11 @@ class Streams:
         self._listeners: set[Listener] = set()
         self.is_closed = False
         self._due = 0.0  # the next gauges
+        self._items: Iterator[Json] | None = None  # of them, while they are made
+        self._made: list[Json] = []
         self._seen_at = 0.0  # slow queries until then are known
         self._leaks: dict[tuple[str, int], Holder] = {}
-        self._incidents: dict[str, object] = {}  # as they were told
+        self._incidents: dict[str, Json] = {}  # as they were told
 
     def __len__(self) -> int:
         return len(self._listeners)
@@ -99,7 +104,7 @@ class Streams:
         for listener in self._listeners:
             listener.end()
 
-    def tick(self, now: float) -> None:
+    def tick(self) -> None:
         for listener in self._listeners:
             if listener.is_gone():
                 listener.end()
@@ -108,16 +113,15 @@ class Streams:
         moment = self._answers.moment()
         for pool, name, told in self._news(moment):
             self._tell(pool, _event(name, told))
-        if now >= self._due:
-            self._due = now + PERIOD
-            self._tell_gauges(moment)
+        self._tell_gauges(moment)
 
     def _begin(self) -> None:
         """What there is already is no news."""
         self._due = 0.0
+        self._items = None
         self._seen_at = self._recorder.clock()
         self._leaks = dict(self._current_leaks())
-        self._incidents = {each.id: each.summary() for each in explained.incidents(self._recorder)}
+        self._incidents = {each.id: each.summary() for each in self._recorder.incidents.all()}
 
     def _tell(self, pool: str, event: bytes) -> None:
         for listener in self._listeners:
@@ -125,10 +129,22 @@ class Streams:
                 listener.put(event)
 
     def _tell_gauges(self, moment: Moment) -> None:
-        items = self._answers.pool_items(moment)
+        """Once a second; of many pools a few with each tick, so that it takes no longer."""
+        if self._items is None:
+            if moment.now < self._due:
+                return
+            self._due = moment.now + PERIOD
+            self._items = self._answers.pool_items(moment)
+            self._made = []
+        few = max(1, len(self._recorder.pools) // _TICKS)
+        made = list(islice(self._items, few))
+        self._made += made
+        if len(self._made) < len(self._recorder.pools) and made:
+            return
+        self._items = None
         at = moment.text(moment.now)
         for only in {listener.pool for listener in self._listeners}:
-            mine = [item for item in items if only in (None, item["name"])]
+            mine = [item for item in self._made if only in (None, item["name"])]
             event = _event("gauges", {"at": at, "items": mine})
             for listener in self._listeners:
                 if listener.pool == only:
@@ -148,7 +164,7 @@ class Streams:
         yield from self._changed_leaks(moment)
 
     def _new_incidents(self) -> Iterator[tuple[str, str, Json]]:
-        found = explained.incidents(self._recorder)
+        found = self._recorder.incidents.all()
         told = {each.id: each.summary() for each in found}
         for each in reversed(found):  # oldest first
             if self._incidents.get(each.id) != told[each.id]:
@@ -161,13 +177,13 @@ class Streams:
             yield key[0], "leak_ended", shapes.holder(before[key], moment, is_leak=False, root=None)
         for key in self._leaks.keys() - before.keys():
             leak = self._leaks[key]
-            root = explained.blocked(self._recorder.pool(key[0])).get(leak.server)
+            root = self._recorder.pool(key[0]).blocked.get(leak.server)
             yield key[0], "leak_began", shapes.holder(leak, moment, is_leak=True, root=root)
 
     def _current_leaks(self) -> Iterator[tuple[tuple[str, int], Holder]]:
         pools: list[PoolRecorder] = list(self._recorder.pools.values())
         for pool in pools:
-            for server, holder in explained.leaks(pool).items():
+            for server, holder in pool.leaks.items():
                 yield (pool.name, server), holder
 
 
