@@ -60,6 +60,7 @@ FAMILIES = {
     "pins_total": "counter",
     "prepared_statements": "gauge",
     "prepared_parses_total": "counter",
+    "incidents_total": "counter",
     "leaked_connections": "gauge",
     "leaks_total": "counter",
     "blamed_wait_seconds_total": "counter",
