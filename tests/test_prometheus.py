@@ -17,6 +17,7 @@ from urllib.parse import urlencode
 import psycopg
 import pytest
 
+from sidecar.demo.postgres import EmbeddedPostgres
 from tests.conftest import MakePostgres
 from tests.sidecar_process import PATIENCE, MakeProcess, eventually
 
@@ -109,7 +110,7 @@ class Prometheus:
 
     @classmethod
     @contextmanager
-    def scraping(cls, target: int, folder: Path) -> Iterator[Self]:
+    def scraping(cls, target: int, folder: Path, *options: str) -> Iterator[Self]:
         path = folder / "prometheus.yml"
         path.write_text(_CONFIG.format(port=target))
         with socket.socket() as probe:  # it cannot tell which port the kernel chose for it
@@ -123,6 +124,7 @@ class Prometheus:
                     f"--config.file={path}",
                     f"--storage.tsdb.path={folder / 'data'}",
                     f"--web.listen-address=127.0.0.1:{port}",
+                    *options,
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=said,
@@ -203,6 +205,69 @@ def test_prometheus_scrapes_every_family(
         prometheus.until("timestamp(pgsidecar_up)", lambda at: at > began)  # it goes on
         assert prometheus.value('up{job="pgsidecar"}') == 1
         assert prometheus.value('min_over_time(up{job="pgsidecar"}[1m])') == 1
+
+
+def test_prometheus_sees_all_that_a_statement_does_but_its_first_calls(
+    postgres: EmbeddedPostgres, make_process: MakeProcess, tmp_path: Path
+) -> None:
+    """Its series begin at 0, in ``other`` is what came before, and the sum is right all the time."""
+    sidecar = make_process(postgres.dsn())
+    with Prometheus.scraping(sidecar.http_port, tmp_path) as prometheus:
+        prometheus.until("pgsidecar_statement_calls_total", lambda value: value == 0)
+        with psycopg.connect(sidecar.dsn(), autocommit=True) as conn:
+            for number in range(5):
+                conn.execute(f"SELECT {number} AS watched")
+            info = 'pgsidecar_statement_info{query=~"SELECT .* AS watched"}'
+            calls = f"pgsidecar_statement_calls_total * on (fingerprint) {info}"
+            prometheus.until(calls, lambda value: value == 0)
+            for number in range(7):
+                conn.execute(f"SELECT  {number} as watched -- {number}")
+            prometheus.until(calls, lambda value: value == 7)
+        of_it = f"and on (fingerprint) {info}"
+        other = '{fingerprint="other"}'
+        for asked, wanted in {
+            f"min_over_time(pgsidecar_statement_calls_total[1m]) {of_it}": 0,
+            f"resets(pgsidecar_statement_calls_total[1m]) {of_it}": 0,
+            f"pgsidecar_statement_rows_total {of_it}": 7,
+            f"pgsidecar_statement_errors_total {of_it}": 0,
+            f"pgsidecar_statement_calls_total{other}": 5,
+            f"pgsidecar_statement_rows_total{other}": 5,
+            "sum(pgsidecar_statement_calls_total)": 12,
+            "sum(pgsidecar_query_duration_seconds_count)": 12,
+        }.items():
+            assert prometheus.value(asked) == wanted, asked
+        p99 = f'pgsidecar_statement_latency_seconds{{quantile="0.99"}} {of_it}'
+        assert 0 < prometheus.until(p99, lambda value: value > 0) < PATIENCE
+
+
+@pytest.mark.parametrize("is_extended", [False, True])
+def test_an_exemplar_travels_to_prometheus(
+    postgres: EmbeddedPostgres, make_process: MakeProcess, tmp_path: Path, is_extended: bool
+) -> None:
+    """From a comment as sqlcommenter writes it to the trace in ``query_exemplars``."""
+    trace, span = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    comment = f"/*controller='index',traceparent='00-{trace}-{span}-01'*/"
+    sidecar = make_process(postgres.dsn())
+    flag = "--enable-feature=exemplar-storage"
+    with Prometheus.scraping(sidecar.http_port, tmp_path, flag) as prometheus:
+        with psycopg.connect(sidecar.dsn(), autocommit=True) as conn:
+            conn.execute("SELECT 1")
+            conn.execute(f"SELECT pg_sleep(0.03) {comment}", () if is_extended else None)
+
+        def find() -> Any:
+            return prometheus.ask(
+                "query_exemplars",
+                query="pgsidecar_query_duration_seconds_bucket",
+                start=str(time.time() - 600),
+                end=str(time.time() + 600),
+            )
+
+        (series,) = eventually(find, "exemplars", 15)
+    (exemplar,) = series["exemplars"]
+    assert exemplar["labels"] == {"trace_id": trace, "span_id": span}
+    assert 0.03 <= float(exemplar["value"]) <= float(series["seriesLabels"]["le"])
+    assert series["seriesLabels"]["operation"] == "select"
+    assert abs(exemplar["timestamp"] - time.time()) < 60
 
 
 async def test_promtool_has_no_complaint(
