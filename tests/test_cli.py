@@ -54,12 +54,21 @@ def test_help_names_the_commands_and_shows_how() -> None:
     """The first thing a newcomer types."""
     done = pgsidecar("--help")
     assert done.returncode == 0
-    for word in ("run", "check", "demo", "--version", "examples:", "--config config.yaml"):
+    for word in (
+        "run",
+        "check",
+        "why",
+        "top",
+        "demo",
+        "--version",
+        "examples:",
+        "--config config.yaml",
+    ):
         assert word in done.stdout
     assert pgsidecar("--version").stdout == f"pgsidecar {__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["run", "check", "demo"])
+@pytest.mark.parametrize("command", ["run", "check", "why", "top", "demo"])
 def test_each_command_has_its_help(command: str) -> None:
     done = pgsidecar(command, "--help")
     assert done.returncode == 0

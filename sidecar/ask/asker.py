@@ -112,7 +112,8 @@ class Asker:
                 " --url or --config tell another address"
             ) from exc
         except (aiohttp.ClientError, OSError, ValueError) as exc:
-            raise CannotAsk(f"{self.url}: {_NOT_OURS} ({printable(str(exc))[:200]})") from exc
+            why = printable(str(exc).partition("\n")[0])[:100] or type(exc).__name__
+            raise CannotAsk(f"{self.url}: {_NOT_OURS} ({why})") from exc
         return self._read(status, body)
 
     async def _get(self, path: str, parameters: Mapping[str, str | int]) -> tuple[int, bytes]:
@@ -144,4 +145,5 @@ class Asker:
             )
         if not detail:
             raise CannotAsk(f"{self.url}: {_NOT_OURS} (status {status})", status)
-        raise CannotAsk(f"{self.url}: {detail}", status)
+        value = entry.text("value")
+        raise CannotAsk(f"{self.url}: {detail}{f' ({value!r})' if value else ''}", status)

@@ -20,6 +20,8 @@ _ASIDE: Final = "dim"
 
 REST: Final = -1
 
+LONG: Final = 1.0
+"""Seconds of waiting from which on it is wrong: the alert's threshold."""
 HIGH: Final = 0.8
 """Saturation from which the bar is yellow; the alert's threshold."""
 
@@ -122,10 +124,10 @@ WAITERS: Final = (
 
 def _waiters(board: Board) -> Iterator[Row]:
     for wait in board.look.items(Pane.WAITERS):
-        who = wait.entry("who")
+        who, waited = wait.entry("who"), wait.number("waited_seconds")
         yield (
             wait.text("pool"),
-            Cell(age(wait.number("waited_seconds")), WRONG),
+            Cell(age(waited), WRONG if waited >= LONG else ""),
             age(wait.number("timeout_seconds")),
             str(wait.whole("ahead")),
             _application(who),
