@@ -18,6 +18,7 @@ from sidecar.observe.blame import (
     label_of,
 )
 from sidecar.observe.recorder import PoolRecorder
+from sidecar.observe.statements import StatementTable
 from sidecar.work import Blocker, Holder
 from tests.work import blocker, gauges, holder, statement
 
@@ -130,6 +131,19 @@ def test_applications_are_bounded_and_no_series_falls_or_jumps() -> None:
 )
 def test_application_names_make_decent_labels(application: str, label: str) -> None:
     assert label_of(application) == label
+
+
+def test_a_statement_that_had_to_go_is_charged_where_it_is_seen() -> None:
+    """Who idles in a transaction for long is not called meanwhile, and makes room in the table."""
+    table = StatementTable(limit=10)
+    blame = Blame(table.charge)
+    leaking = table.find("leaking", "SELECT $1", 0)
+    for number in range(50):
+        table.find(str(number), "SELECT $1", 0).calls += 5
+    assert leaking.is_retired
+    charge(blame, 3.0, [holder(1, "web", leaking)])
+    assert table.ranked("blamed", 1) == [leaking]
+    assert leaking.blamed == 3.0
 
 
 Wait = tuple[float, float, bool]

@@ -94,16 +94,19 @@ def statements_of(sidecar: ServiceHere) -> list[Statement]:
 
 
 async def wait_for(
-    sidecar: ServiceHere, hold: Callable[[Connection], Awaitable[object]], applications: list[str]
+    sidecar: ServiceHere,
+    hold: Callable[[Connection], Awaitable[object]],
+    applications: list[str],
+    enough: float,
 ) -> dict[str, float]:
-    """Shares of the blame: the first holds, the others work, until there is something to blame for."""
+    """Shares of the blame: the first holds, the others work, until there is enough to blame for."""
     async with await connect(sidecar, applications[0]) as guilty:
         await hold(guilty)
         others = [await connect(sidecar, application) for application in applications[1:]]
         work = "UPDATE blamed SET n = n + 1 WHERE id = 1"
         working = [asyncio.create_task(conn.execute(work)) for conn in others]
         blame = blame_of(sidecar)
-        await sidecar.until(lambda _: blame.charged > 2.0)
+        await sidecar.until(lambda _: blame.charged > enough, within=20.0)
         charged = by_application(await sidecar.metrics())
         await guilty.execute("ROLLBACK")
         await asyncio.gather(*working)
@@ -125,10 +128,29 @@ async def test_a_leak_is_charged_with_the_waiting(
         await conn.execute("BEGIN")
         await conn.execute("SELECT 'leaking' FROM blamed")
 
-    shares = await wait_for(sidecar, leak, ["leaky", *["web"] * 5])
+    shares = await wait_for(sidecar, leak, ["leaky", *["web"] * 5], enough=2.0)
     assert shares["leaky"] > 0.9
     most = max(statements_of(sidecar), key=lambda each: each.blamed)
     assert most.text.startswith("SELECT $1 FROM blamed")
+
+
+async def test_who_holds_a_lock_is_charged_for_those_who_wait_for_it(
+    postgres: EmbeddedPostgres, make_service: MakeService
+) -> None:
+    """They have most of the connections; he has one. Until the server has been asked, which is after
+    clients have waited for half a second, they are charged."""
+    postgres.psql("DROP TABLE IF EXISTS blamed; CREATE TABLE blamed AS SELECT 1 AS id, 0 AS n")
+    sidecar = await make_service(postgres.dsn(), max_size=4, min_idle=4)
+    await sidecar.until_pinged()
+
+    async def lock(conn: Connection) -> None:
+        await conn.execute("BEGIN")
+        await conn.execute("UPDATE blamed SET n = -1 WHERE id = 1")
+
+    shares = await wait_for(sidecar, lock, ["locker", *["web"] * 15], enough=110.0)
+    assert shares["locker"] > 0.9
+    most = max(statements_of(sidecar), key=lambda each: each.blamed)
+    assert most.text == "UPDATE blamed SET n = $1 WHERE id = $2"
 
 
 async def test_waiting_while_the_server_is_away_is_nobodys(

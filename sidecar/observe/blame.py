@@ -11,7 +11,7 @@ added to ``other``, so that no counter falls or jumps. If it comes back it begin
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from sidecar.events import PoolGauges
@@ -48,10 +48,20 @@ def label_of(application: str) -> str:
     return f'"{name}"' if name in _RESERVED else name
 
 
+def _add_to(statement: Statement, seconds: float) -> None:
+    statement.blamed += seconds
+
+
 class Blame:
     """Of one pool."""
 
-    def __init__(self, applications: int = APPLICATIONS) -> None:
+    def __init__(
+        self,
+        charge: Callable[[Statement, float], None] = _add_to,
+        applications: int = APPLICATIONS,
+    ) -> None:
+        """``charge``: how a statement is charged with seconds."""
+        self._charge_statement: Final = charge
         self.waited = 0.0  # seconds, by all clients together; all of it is charged
         self.charged = 0.0  # seconds
         self.without_statement = 0.0  # of them: charged to no statement of ours
@@ -110,7 +120,7 @@ class Blame:
         if statement is None:
             self.without_statement += seconds
         else:
-            statement.blamed += seconds
+            self._charge_statement(statement, seconds)
 
     def _see(self, name: str, now: float) -> str:
         """The series of an application that holds something now."""

@@ -152,7 +152,7 @@ class PoolRecorder:
         self.exported = ExportedStatements(name, self.statements, exported, now)
         self.errors = dict.fromkeys(keys.ERROR_KEYS, 0)
         self.failures = FailureTable()
-        self.blame = Blame()
+        self.blame = Blame(self.statements.charge)
         self.blocked: dict[int, Blocker] = {}
         """Whom the leases wait for in the end that wait for a lock, by the id of their connection."""
         self.leaks: dict[int, Holder] = {}  # while they last, as they began; by the same

@@ -189,6 +189,12 @@ class StatementTable:
         give(statement, kept.statement)
         return kept.statement
 
+    def charge(self, statement: Statement, seconds: float) -> None:
+        """Clients have waited so long because of it. One that holds a lease for long, and is not called
+        meanwhile, may have been retired."""
+        home = self._back(statement) if statement.is_retired else statement
+        home.blamed += seconds
+
     def failed(self, statement: Statement, sqlstate: str) -> None:
         """Count an error of the statement, or of an execution of it."""
         shared = statement.shared or statement
@@ -212,8 +218,14 @@ class StatementTable:
         return self._gone_rows + sum([kept.statement.rows for kept in self._known.values()])
 
     def ranked(self, sort: str, limit: int) -> list[Statement]:
-        """The first of those that were called, by one of ``SORTS``."""
-        called = [kept for kept in self._known.values() if kept.statement.calls]
+        """The first of those that were called, by one of ``SORTS``; or blamed, which one may be that runs
+        for the first time."""
+        is_blame = sort == "blamed"
+        called = [
+            kept
+            for kept in self._known.values()
+            if kept.statement.calls or (is_blame and kept.statement.blamed)
+        ]
         called.sort(key=_KEYS[sort], reverse=True)
         return [kept.statement for kept in called[:limit]]
 
