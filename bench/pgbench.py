@@ -41,6 +41,7 @@ class Load:
     mode: str
     clients: int
     seconds: int
+    script: Path | None = None  # pgbench's own ("-S") if none
 
     @property
     def length(self) -> int:
@@ -50,7 +51,8 @@ class Load:
     def options(self) -> list[str]:
         threads = min(self.clients, 2, len(os.sched_getaffinity(0)))
         counts = ["-c", str(self.clients), "-j", str(threads)]
-        return ["-S", "-n", "-M", self.mode, *counts, "-T", str(self.length)]
+        what = ["-S"] if self.script is None else ["-f", str(self.script)]
+        return [*what, "-n", "-M", self.mode, *counts, "-T", str(self.length)]
 
     def command(self) -> str:
         """As a person would type it."""

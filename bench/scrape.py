@@ -1,4 +1,4 @@
-"""How long a scrape of /metrics holds up the event loop.
+"""How long a scrape of /metrics holds up the event loop, with 50 statements in each of two pools.
 
 A probe inside the sidecar (``runner``) keeps every stall with its instants. From outside, scrapes as
 Prometheus makes them alternate with pauses of the same length, and each of both is looked up in the
@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from bench import pgbench, poolers
@@ -27,6 +28,9 @@ _HEADERS: Final = {
     "Accept": "application/openmetrics-text;version=1.0.0",
     "Accept-Encoding": "gzip",
 }
+STATEMENTS: Final = 50
+"""Of each pool; as many have series of their own."""
+
 _REST: Final = 0.03  # s between a scrape and a pause
 _WARM_UP: Final = 5  # scrapes
 _RENDER: Final = re.compile(r"^pgsidecar_metrics_render_seconds ([\d.e+-]+)$", re.MULTILINE)
@@ -53,8 +57,9 @@ def measure(rig: Rig, options: Options, report: Report) -> None:
     rig.progress.step("stalls caused by a scrape")
     program = ("bench.runner",)
     with poolers.sidecar(rig, program, ["--probe", str(file)], POOLS) as sidecar:
+        load = Load("simple", 8, 1, _script(rig.folder))
         for pool in POOLS:
-            pgbench.run(rig, Target(SIDECAR, sidecar.port, database=pool), Load("simple", 8, 1))
+            pgbench.run(rig, Target(SIDECAR, sidecar.port, database=pool), load)
         connection = http.client.HTTPConnection(HOST, sidecar.http_port, timeout=10)
         page = _scrape(connection)
         for number in range(-_WARM_UP, _count(options)):
@@ -69,6 +74,9 @@ def measure(rig: Rig, options: Options, report: Report) -> None:
                 renders.append(_render_time(page.text))
             rig.progress.tick()
         connection.close()
+        shown = page.text.count("\npgsidecar_statement_info{")
+        if shown != STATEMENTS * len(POOLS):
+            raise BenchFailed(f"the page has {shown} statements, not {STATEMENTS} for each pool")
     stalls = read_stalls(file)
     report.scrapes = Scrapes(
         stalls=[_longest(stalls, interval) for interval in scrapes],
@@ -79,6 +87,17 @@ def measure(rig: Rig, options: Options, report: Report) -> None:
         lines=page.text.count("\n"),
     )
     rig.progress.done(expected(options))
+
+
+def _script(folder: Path) -> Path:
+    """A transaction of as many statements, all cheap: each is an addition longer than the one before."""
+    path = folder / "statements.sql"
+    lines = [
+        f"SELECT abalance{' + 1' * number} FROM pgbench_accounts WHERE aid = 1;"
+        for number in range(STATEMENTS)
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    return path
 
 
 def _count(options: Options) -> int:
