@@ -44,6 +44,7 @@ def configuration(
     users: Mapping[str, object] | None = None,
     console: Mapping[str, object] | None = None,
     incidents: Mapping[str, object] | None = None,
+    statements: Mapping[str, object] | None = None,
     drain_timeout: str = "1s",
     **main: object,
 ) -> str:
@@ -60,6 +61,7 @@ def configuration(
         "users": users or {},
         "console": console or {},
         "incidents": incidents or {},
+        "statements": statements or {},
         "pools": pools,
         "drain_timeout": drain_timeout,
     }

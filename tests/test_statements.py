@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sidecar import config_file
 from sidecar.events import ErrorOrigin, Operation
 from sidecar.observe.recorder import PoolRecorder
 from sidecar.observe.sketch import BUCKETS, HIGHEST, LOWEST, RELATIVE_ERROR
@@ -21,7 +22,9 @@ from sidecar.observe.statements import (
     SORTS,
     StatementTable,
 )
-from sidecar.work import Statement, Trace
+from sidecar.service import Service
+from sidecar.work import OTHER_STATEMENT, Statement, Trace
+from tests.sidecar_process import configuration
 from tests.work import failure
 
 QUANTILES = (0.5, 0.9, 0.99)
@@ -295,6 +298,23 @@ def test_nothing_is_lost_whoever_is_evicted(calls):
         assert not kept.statement.is_retired
 
 
+def test_what_is_not_told_apart_has_its_operation_and_takes_no_place():
+    """Where too many new texts come at once, they are ``other``; they count as what they are."""
+    pool = make(limit=10)
+    for operation in Operation:
+        other = pool.statement(OTHER_STATEMENT, "", int(operation))
+        other.rows += 2
+        pool.query_done(other, 0.001)
+        pool.query_failed(failure(ErrorOrigin.SERVER, "23505", of=other))
+    flood(pool, 100)
+
+    assert [query.count() for query in pool.queries][1:] == [1] * (len(Operation) - 1)
+    assert pool.statements.get(OTHER_STATEMENT) is None
+    assert pool.statements.rows() == 2 * len(Operation)
+    assert pool.statements.failures == len(Operation)
+    assert not pool.statement(OTHER_STATEMENT, "", SELECT).is_retired
+
+
 # -- memory ----------------------------------------------------------------------------------------
 
 
@@ -346,3 +366,21 @@ def test_the_memory_of_a_statement_is_bounded():
     (samples,) = {table.quantiles(table.find(f"{n}", "", SELECT), 271.0)[1] for n in range(count)}
     assert samples > 1000 * BUCKETS * SLOTS
     assert 0.5 * MOST < taken / count < MOST
+
+
+# -- options ---------------------------------------------------------------------------------------
+
+
+def test_the_bounds_are_options():
+    """``statements.limit`` and ``statements.exported``, for pools of now and of later."""
+    text = configuration(
+        "postgresql://app@127.0.0.1:1/app", statements={"limit": 20, "exported": 3}
+    )
+    recorder = Service(config_file.parse(text, {}, "test")).recorder
+    recorder.config_read([("main", 5.0), ("later", 5.0)])
+    for name in ("main", "later"):
+        pool = recorder.pool(name)
+        flood(pool, 100)
+        assert (pool.statements.limit, len(pool.statements)) == (20, 20)
+        pool.tick(recorder.clock() + 5)
+        assert len(pool.exported) == pool.exported.limit == 3

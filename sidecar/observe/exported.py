@@ -215,9 +215,7 @@ class ExportedStatements:
         return [
             kept
             for kept in self._table.kept()
-            if kept.statement.calls
-            and kept.statement.fingerprint not in series
-            and kept.statement.fingerprint != OTHER_STATEMENT
+            if kept.statement.calls and kept.statement.fingerprint not in series
         ]
 
     def _come(self, kept: Kept, now: float) -> None:

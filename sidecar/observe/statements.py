@@ -21,7 +21,7 @@ from typing import Final, TypeAlias
 
 from sidecar.events import Operation
 from sidecar.observe.sketch import QUANTILES, value_of
-from sidecar.work import Statement, Trace
+from sidecar.work import OTHER_STATEMENT, Statement, Trace
 
 LIMIT: Final = 500
 LONGEST_TEXT: Final = 4096
@@ -142,6 +142,7 @@ class StatementTable:
         "_gone_rows",
         "_known",
         "_now",
+        "_others",
         "evicted",
         "exemplars",
         "failures",
@@ -159,6 +160,8 @@ class StatementTable:
         self._known: OrderedDict[str, Kept] = OrderedDict()
         self._ghosts: OrderedDict[str, float] = OrderedDict()  # weights of those evicted last
         self._gone_rows = 0  # of those evicted
+        # what is not told apart, by operation: never in the table, never evicted
+        self._others: Final = [Statement(OTHER_STATEMENT, "", int(each)) for each in Operation]
 
     def __len__(self) -> int:
         return len(self._known)
@@ -168,6 +171,8 @@ class StatementTable:
         kept = self._known.get(fingerprint)
         if kept is not None:
             return kept.statement
+        if fingerprint == OTHER_STATEMENT:
+            return self._others[operation]
         return self._keep(Statement(fingerprint, text[:LONGEST_TEXT], operation))
 
     def home(self, statement: Statement, took: float, bucket: int, unix: float) -> Statement:
@@ -215,7 +220,8 @@ class StatementTable:
 
     def rows(self) -> int:
         """Of all statements there ever were."""
-        return self._gone_rows + sum([kept.statement.rows for kept in self._known.values()])
+        rows = self._gone_rows + sum([other.rows for other in self._others])
+        return rows + sum([kept.statement.rows for kept in self._known.values()])
 
     def ranked(self, sort: str, limit: int) -> list[Statement]:
         """The first of those that were called, by one of ``SORTS``; or blamed, which one may be that runs
@@ -241,6 +247,9 @@ class StatementTable:
     def tick(self, now: float) -> None:
         """Finish the slots that ended by ``now``, some at once; the others' turn is with the next tick."""
         self._now = now
+        for other in self._others:
+            if other.recent:
+                other.recent = {}  # they have no quantiles
         known = self._known
         for _ in range(max(_ROTATED, len(known) // _TICKS)):
             if not known:
