@@ -552,6 +552,7 @@ def test_there_was_something_to_find(outputs: dict[str, str]) -> None:
     assert "INSERT INTO vault" in outputs["/api/v1/statements"]
     assert "invalid input syntax for type" in outputs["SHOW ERRORS"]
     assert "invalid input syntax for type" in outputs["/api/v1/errors"]
+    assert "UPDATE vault" in outputs["/api/v1/slow"]
     assert outputs["/api/v1/config"].startswith("HTTP/1.1 200")
     assert any("leak" in output for output in outputs if output.startswith("incident "))
     assert "why" in outputs

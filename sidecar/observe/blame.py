@@ -42,7 +42,9 @@ _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 def label_of(application: str) -> str:
     """An application_name as a label value: whatever the client says, it is short, of one line, and none
     of the names that mean something here."""
-    name = _CONTROL.sub("?", application[:_LONGEST])
+    name = application[:_LONGEST]
+    if not name.isprintable():
+        name = _CONTROL.sub("?", name)
     if not name.strip():
         return UNNAMED
     return f'"{name}"' if name in _RESERVED else name
