@@ -20,6 +20,7 @@ from sidecar.events import (
     Stop,
 )
 from sidecar.facts import PoolFacts, Totals
+from sidecar.observe.incidents import Incident
 from sidecar.observe.recorder import PoolRecorder, Recorder
 from sidecar.pool import report, steering, telling
 from sidecar.pool.pool import Pool
@@ -101,6 +102,9 @@ class Operations:
 
     def insights(self) -> list[PoolRecorder]:
         return list(self._recorder.pools.values())
+
+    def incidents(self) -> list[Incident]:
+        return self._recorder.incidents.all()
 
     # -- doing ---------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.sidecar_process import eventually
 from tests.test_console import CONSOLE, Row, one, table
 from tests.wire import Client, Sidecar, error, query
 
@@ -101,6 +102,78 @@ def test_blame_is_told_by_application(sidecar, admin):
     assert float((accounts[0]["share"] or "").rstrip("%")) > 90
 
 
+def test_statements_are_ranked_by_time(sidecar, admin):
+    """Two spellings are one statement; figures in microseconds."""
+    client = sidecar.login()
+    for text in ("SELECT 1 AS x", "select  2 AS x -- and a comment", "SELECT pg_sleep(0.05)"):
+        client.ask(query(text))
+    client.ask(query("SELECT nonsense"))
+    rows = table(admin, "SHOW STATEMENTS")
+    first, *rest = rows
+    assert "pg_sleep" in (first["query"] or "")
+    assert 50_000 <= int(first["total_us"] or 0) == int(first["max_us"] or 0)
+    for name in ("mean_us", "p50_us", "p90_us", "p99_us"):
+        assert int(first[name] or 0) == pytest.approx(int(first["total_us"] or 0), rel=0.02)
+    assert (first["calls"], first["rows"], first["errors"]) == ("1", "1", "0")
+    (twice,) = [row for row in rest if row["calls"] == "2"]
+    assert (twice["rows"], twice["errors"], twice["database"]) == ("2", "0", "main")
+    (failed,) = [row for row in rest if row["errors"] == "1"]
+    assert "nonsense" in (failed["query"] or "")
+    assert len({row["fingerprint"] for row in rows}) == len(rows)
+
+
+def test_why_tells_the_leak_and_the_incident_is_kept(sidecar, admin):
+    """Headline, figures, what to do: while it lasts. The incident stays."""
+    assert {row["verdict"] for row in table(admin, "SHOW WHY")} == {"healthy"}
+    assert table(admin, "SHOW INCIDENTS") == []
+    holder = held(sidecar)
+    waiter = sidecar.login(application_name="web")
+    waiter.send(query("SELECT 1"))
+    why = eventually(
+        lambda: [row for row in table(admin, "SHOW WHY") if row["verdict"] == "leak"], "a verdict"
+    )
+    assert why[0]["part"] == "headline"
+    assert {row["part"] for row in why} == {"headline", "evidence", "next"}
+    assert "billing" in (why[0]["text"] or "")
+    assert SECRET not in str(why)
+    found = eventually(lambda: table(admin, "SHOW INCIDENTS"), "an incident")
+    assert (found[-1]["database"], found[-1]["ended"]) == ("main", "")
+    assert (found[-1]["began"] or "").endswith(" UTC")
+    holder.ask(query("COMMIT"))
+    waiter.until_ready()
+    assert {row["id"] for row in found} <= {row["id"] for row in table(admin, "SHOW INCIDENTS")}
+
+
+def test_slow_queries_are_shown_with_the_one_they_wait_for(postgres):
+    postgres.psql("CREATE TABLE IF NOT EXISTS console_why (id int)")
+    with Sidecar(postgres, console=CONSOLE, min_idle=0, slow_query_threshold="0.2s") as sidecar:
+        admin = sidecar.login("admin", "pgsidecar")
+        holder = sidecar.login(application_name="billing")
+        holder.ask(query("BEGIN"))
+        holder.ask(query("LOCK TABLE console_why"))
+        waiter = sidecar.login(application_name="web")
+        waiter.send(query("INSERT INTO console_why VALUES (42)"))
+        (slow,) = eventually(lambda: table(admin, "SHOW SLOW"), "it is slow")
+        assert (slow["application_name"], slow["blocker_application"]) == ("web", "billing")
+        assert (slow["wait_event"] or "").startswith("Lock:")
+        assert (
+            slow["blocked_by"]
+            == one(admin, "SHOW HOLDERS", application_name="billing")["remote_pid"]
+        )
+        assert (slow["query"] or "").startswith("INSERT INTO console_why VALUES")
+        assert (slow["blocker_query"] or "").startswith("LOCK TABLE console_why")
+        assert int(slow["age_us"] or 0) >= 200_000
+        assert "42" not in (slow["query"] or "")
+        holder.ask(query("ROLLBACK"))
+        waiter.until_ready()
+
+
 def test_words_almost_right_are_known(admin):
-    for almost, meant in (("LEAK", "LEAKS"), ("ERROR", "ERRORS"), ("BLAMES", "BLAME")):
+    for almost, meant in (
+        ("LEAK", "LEAKS"),
+        ("ERROR", "ERRORS"),
+        ("BLAMES", "BLAME"),
+        ("STATEMENT", "STATEMENTS"),
+        ("INCIDENT", "INCIDENTS"),
+    ):
         assert f"Did you mean SHOW {meant}?" in error(admin.ask(query(f"SHOW {almost}")))["H"]

@@ -203,18 +203,21 @@ class Desk:
         offset = time.time() - now
 
         def when(instant: float) -> str:
-            if instant <= 0.0:
-                return ""
-            return datetime.fromtimestamp(instant + offset, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+            return _in_words(instant + offset) if instant > 0.0 else ""
 
         return View(
             self._control,
             now,
             when,
+            _in_words,
             [_snapshot(session, now) for session in self._sessions if session.id],
             lambda facts: self._averages.of(facts, now),
             _memory(),
         )
+
+
+def _in_words(unix: float) -> str:
+    return datetime.fromtimestamp(unix, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 async def _until(condition: Callable[[], bool]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from sidecar.config import Config
-from sidecar.console.insight import Insight
+from sidecar.console.insight import Incident, Insight
 from sidecar.events import ClientSnapshot, PoolSnapshot, ServerSnapshot, Stop
 from sidecar.facts import PoolFacts, Totals
 
@@ -48,6 +48,9 @@ class Control(Protocol):
 
     def insights(self) -> Iterable[Insight]:
         """One for each entry of the configuration."""
+
+    def incidents(self) -> Iterable[Incident]:
+        """Latest first."""
 
     def meant(self, database: str) -> list[str]:
         """The names of the pools meant by it; of all by an empty one. Raises SidecarError."""
@@ -89,6 +92,8 @@ class View:
     now: float
     when: Callable[[float], str]
     """An instant in words; empty for 0."""
+    at: Callable[[float], str]
+    """The same of a unix time."""
     guests: Sequence[ClientSnapshot]
     """The clients of the console."""
     averages: Callable[[PoolFacts], "tuple[Totals, float]"]

@@ -6,7 +6,7 @@ Pure.
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from sidecar.work import Holder, Statement
+from sidecar.work import Holder, SlowQuery, Statement
 
 
 class Failures(Protocol):
@@ -44,6 +44,46 @@ class Accounts(Protocol):
         """Seconds charged."""
 
 
+class Statements(Protocol):
+    def ranked(self, sort: str, limit: int) -> Sequence[Statement]:
+        """Most first."""
+
+    def quantiles(self, statement: Statement, now: float) -> tuple[Sequence[float], int]:
+        """P50, P90 and P99 of the last minutes (seconds), and of how many calls; NaN if of none."""
+
+
+class Verdict(Protocol):
+    """What is wrong with a pool, in words."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def headline(self) -> str: ...
+    @property
+    def evidence(self) -> Sequence[str]: ...
+    @property
+    def next_steps(self) -> Sequence[str]: ...
+
+
+class Incident(Protocol):
+    @property
+    def id(self) -> str: ...
+    @property
+    def pool(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def began_at(self) -> float:
+        """Unix time."""
+
+    @property
+    def ended_at(self) -> float | None:
+        """None while it lasts."""
+
+    @property
+    def verdict(self) -> Verdict: ...
+
+
 class Insight(Protocol):
     """One pool."""
 
@@ -57,3 +97,10 @@ class Insight(Protocol):
 
     @property
     def blame(self) -> Accounts: ...
+    @property
+    def statements(self) -> Statements: ...
+    @property
+    def slow_queries(self) -> Sequence[tuple[float, SlowQuery]]:
+        """The last ones, each with the instant at which it was seen; latest last."""
+
+    def verdict(self, now: float) -> Verdict: ...
