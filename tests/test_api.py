@@ -212,9 +212,12 @@ async def test_the_page_shows_the_pools(service):
         assert response.headers["Content-Type"] == "text/html; charset=utf-8"
         page = await response.text()
 
-    for link in ("metrics", "livez", "readyz"):
+    for link in ("metrics", "livez", "readyz", "api/v1/why", "api/v1/openapi.json"):
         assert f'href="{link}"' in page
-    assert "<td>main</td><td>down</td><td>7</td><td>0</td><td>2</td><td>25</td>" in page
+    assert (
+        "<td>main</td><td>down</td><td>7</td><td>0</td><td>2</td><td>25</td><td>healthy</td>"
+        in page
+    )
     assert "http://" not in page
     assert "https://" not in page
 

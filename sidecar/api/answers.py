@@ -213,11 +213,9 @@ class Answers:
             if queue:
                 mine = [holder for holder in leases if holder.pool == name]
                 first = [shapes.behind(holder, moment) for holder in mine[: shapes.NAMED]]
-                found += (
-                    _Wait(client, ahead, facts, first, len(mine))
-                    for ahead, client in enumerate(queue)
-                    if application in (None, client.application)
-                )
+                async for ahead, client in in_slices(enumerate(queue)):
+                    if application in (None, client.application):
+                        found.append(_Wait(client, ahead, facts, first, len(mine)))
         return await _page(
             "/api/v1/waits", parameters, moment, found, lambda each: shapes.wait(*each, moment)
         )

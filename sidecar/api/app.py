@@ -64,10 +64,15 @@ class _Api:
 
     async def index(self, request: web.Request) -> web.Response:
         return web.Response(
-            text=index_page(self._metrics.pools()),
+            text=index_page(self._metrics.pools(), self._verdict),
             content_type="text/html",
             headers={"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"},
         )
+
+    def _verdict(self, pool: str) -> str:
+        recorder = self._recorder
+        found = recorder.pools.get(pool)
+        return "" if found is None else found.verdict(recorder.clock()).kind.value
 
     async def metrics(self, request: web.Request) -> web.Response:
         format = choose_format(_header(request, hdrs.ACCEPT))

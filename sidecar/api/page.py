@@ -1,6 +1,6 @@
 """The page at ``/``, for people who open the address in a browser. Self-contained; loads nothing."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from html import escape
 
 from sidecar import __version__
@@ -21,21 +21,27 @@ th:first-child, td:first-child {{ text-align: left; }}
 <body>
 <h1>pgsidecar {version}</h1>
 <table>
-<tr><th>pool</th><th>server</th><th>used</th><th>idle</th><th>waiting</th><th>max</th></tr>
+<tr><th>pool</th><th>server</th><th>used</th><th>idle</th><th>waiting</th><th>max</th>
+<th>verdict</th></tr>
 {rows}
 </table>
-<p><a href="metrics">metrics</a> · <a href="livez">live</a> · <a href="readyz">ready</a></p>
+<p><a href="metrics">metrics</a> · <a href="livez">live</a> · <a href="readyz">ready</a> ·
+API: <a href="api/v1/why">why</a> · <a href="api/v1/pools">pools</a> · <a href="api/v1/waits">waits</a> ·
+<a href="api/v1/holders">holders</a> · <a href="api/v1/statements">statements</a> ·
+<a href="api/v1/incidents">incidents</a> · <a href="api/v1/openapi.json">all of it</a></p>
 </body>
 </html>
 """
 
 _ROW = (
     "<tr><td>{name}</td><td>{state}</td><td>{used}</td><td>{idle}</td>"
-    "<td>{waiting}</td><td>{max_size}</td></tr>"
+    "<td>{waiting}</td><td>{max_size}</td><td>{verdict}</td></tr>"
 )
 
 
-def index_page(pools: Iterable[PoolSnapshot]) -> str:
+def index_page(pools: Iterable[PoolSnapshot], verdict: Callable[[str], str]) -> str:
+    """``verdict`` is what is wrong with a pool, in a word: everybody sees the page, and the sentence names
+    applications."""
     rows = (
         _ROW.format(
             name=escape(pool.name),
@@ -44,6 +50,7 @@ def index_page(pools: Iterable[PoolSnapshot]) -> str:
             idle=pool.idle,
             waiting=pool.pending,
             max_size=pool.max_size,
+            verdict=escape(verdict(pool.name).replace("_", " ")),
         )
         for pool in pools
     )
