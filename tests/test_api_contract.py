@@ -1,6 +1,8 @@
 """The OpenAPI file itself: it is whole, follows its own rules, and is in the package."""
 
+import tomllib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,3 +70,9 @@ def test_objects_say_which_fields_are_always_there():
     for name, schema in contract()["components"]["schemas"].items():
         if schema.get("additionalProperties") is False and name != "Problem":
             assert set(schema["required"]) == schema["properties"].keys(), name
+
+
+def test_the_file_is_shipped():
+    """An installed sidecar reads it from its package; setuptools packs only what is named."""
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    assert project["tool"]["setuptools"]["package-data"]["sidecar.api"] == ["openapi.yaml"]

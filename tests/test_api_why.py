@@ -179,3 +179,32 @@ async def test_long_texts_are_cut_in_lists_only(api, clients):
     assert statement["text"].endswith("…")
     one = await api.get(f"/statements/{statement['fingerprint']}")
     assert "column_59" in one["text"]
+
+
+async def test_a_query_that_hangs_on_a_lock_is_told_with_its_blocker(api, clients, postgres):
+    """While it hangs, in the lists and as an event."""
+    postgres.psql("CREATE TABLE api_locked (id int); INSERT INTO api_locked VALUES (1)")
+    blocker = await clients.holding("nightly job", "update api_locked set id = 2")
+    hanging = await clients.connect("web")
+    async with api.events() as events:
+        update = asyncio.create_task(hanging.execute("update api_locked set id = 3"))
+        (slow,) = await api.until("/slow", 1)
+        assert slow["holder"]["who"]["application"] == "web"
+        assert slow["age_seconds"] >= 0.3
+        assert slow["wait_event"].startswith("Lock:")
+        (root,) = slow["blockers"]
+        assert root["is_ours"]
+        assert root["waits_for"] == []
+        assert root["who"]["application"] == "nightly job"
+        assert root["statement"]["operation"] == "update"
+        assert slow["not_asked_because"] is None
+
+        (held,) = await api.items("/holders", application="web")
+        assert held["blocked_by"]["who"]["application"] == "nightly job"
+        told = await events.next("slow_query")
+        is_a("SlowQuery", told)
+        assert told == slow | {"holder": told["holder"]}
+        await blocker.execute("rollback")
+        await update
+    assert await api.items("/slow") == [slow], "it is remembered"
+    postgres.psql("DROP TABLE api_locked")

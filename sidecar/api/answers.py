@@ -20,7 +20,7 @@ from time import perf_counter
 from typing import Final, NamedTuple, Protocol, TypeVar
 from urllib.parse import urlencode
 
-from sidecar.api import explained, shapes
+from sidecar.api import shapes
 from sidecar.api.contract import contract
 from sidecar.api.parameters import PAGE, Parameters
 from sidecar.api.problems import not_found
@@ -368,11 +368,7 @@ class Answers:
         )
 
     async def _slow(self, parameters: Parameters, path: Mapping[str, str]) -> bytes:
-        found = [
-            each
-            for recorder in self._recorders(parameters)
-            for each in explained.slow_queries(recorder)
-        ]
+        found = [each for recorder in self._recorders(parameters) for each in recorder.slow_queries]
         found.sort(key=lambda each: -each[0])
         moment = self.moment()
         return await _page(

@@ -261,6 +261,8 @@ def blocker(each: Blocker) -> Json:
         "backend_pid": each.backend_pid,
         "waits_for": list(each.waits_for),
         "state": each.state or None,
+        "state_seconds": seconds(each.age),
+        "address": each.address or None,
         "wait_event": each.wait_event or None,
         "application": each.application,
         "user": each.user,

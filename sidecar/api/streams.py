@@ -8,14 +8,14 @@ import asyncio
 import json
 from collections import deque
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Final
 
-from sidecar.api import explained, shapes
+from sidecar.api import shapes
 from sidecar.api.answers import Answers
 from sidecar.api.shapes import Json, Moment
 from sidecar.observe.recorder import PoolRecorder, Recorder
-from sidecar.work import Holder
+from sidecar.work import Holder, SlowQuery
 
 MOST: Final = 10
 """Listeners at a time."""
@@ -77,7 +77,7 @@ class Streams:
         self._due = 0.0  # the next gauges
         self._items: Iterator[Json] | None = None  # of them, while they are made
         self._made: list[Json] = []
-        self._seen_at = 0.0  # slow queries until then are known
+        self._slow: dict[str, SlowQuery] = {}  # the last one that was told, by pool
         self._leaks: dict[tuple[str, int], Holder] = {}
         self._incidents: dict[str, Json] = {}  # as they were told
 
@@ -119,7 +119,11 @@ class Streams:
         """What there is already is no news."""
         self._due = 0.0
         self._items = None
-        self._seen_at = self._recorder.clock()
+        self._slow = {
+            name: pool.slow_queries[-1][1]
+            for name, pool in self._recorder.pools.items()
+            if pool.slow_queries
+        }
         self._leaks = dict(self._current_leaks())
         self._incidents = {each.id: each.summary() for each in self._recorder.incidents.all()}
 
@@ -155,13 +159,18 @@ class Streams:
     def _news(self, moment: Moment) -> Iterator[tuple[str, str, Json]]:
         """The pool, the kind of event, and what is told."""
         yield from self._new_incidents()
-        since, self._seen_at = self._seen_at, moment.now
         for pool in self._recorder.pools.values():
-            for seen_at, slow in reversed(explained.slow_queries(pool)):
-                if not since < seen_at <= moment.now:
-                    break
+            for seen_at, slow in self._new_slow_queries(pool):
                 yield pool.name, "slow_query", shapes.slow_query(seen_at, slow, moment)
         yield from self._changed_leaks(moment)
+
+    def _new_slow_queries(self, pool: PoolRecorder) -> Iterator[tuple[float, SlowQuery]]:
+        """Oldest first. Told apart as objects: they come when the server has answered, in any order."""
+        known = self._slow.get(pool.name)
+        fresh = list(takewhile(lambda each: each[1] is not known, reversed(pool.slow_queries)))
+        if fresh:
+            self._slow[pool.name] = fresh[0][1]
+        yield from reversed(fresh)
 
     def _new_incidents(self) -> Iterator[tuple[str, str, Json]]:
         found = self._recorder.incidents.all()
