@@ -339,6 +339,39 @@ async def test_hung_query_is_visible_at_the_next_scrape(
         assert metrics.value("pgsidecar_slow_queries_total", **slow) == 1
 
 
+async def test_trace_context_of_the_query_is_in_the_line(
+    postgres: EmbeddedPostgres, make_service: MakeService, log: Log
+) -> None:
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    sidecar = await make_service(postgres.dsn(), **SLOW)
+    async with client(sidecar.dsn(), "web") as web:
+        comment = f"/*traceparent='00-{trace}-b7ad6b7169203331-01'*/"
+        hanging = Hanging(web, f"SELECT pg_sleep(60) {comment}")
+        line = await log.line("web")
+        assert (line["trace_id"], line["query"]) == (trace, "SELECT pg_sleep($1)")
+        await hanging.end()
+
+
+async def test_sidecar_stops_amid_a_look(
+    own_postgres: MakePostgres, make_service: MakeService
+) -> None:
+    """Nothing is left behind, and nobody waits for the answer."""
+    server = own_postgres()
+    sidecar = await make_service(server.dsn(), **SLOW)
+    async with client(sidecar.dsn(), "web") as web:
+        await web.execute("SELECT 1")
+        server.pause()
+        try:
+            task = asyncio.create_task(web.execute("SELECT 2"))
+            await come_true(lambda: look_of(sidecar)._is_busy, "it is asked")
+            await sidecar.stop()
+            with pytest.raises(psycopg.OperationalError):
+                await task
+        finally:
+            server.resume()
+    assert not look_of(sidecar).sideline.is_open
+
+
 # -- what keeps us from asking -----------------------------------------------------------------
 
 
