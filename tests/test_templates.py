@@ -49,7 +49,8 @@ async def make_templates() -> AsyncIterator[MakeTemplates]:
                 "listen": {"port": 0, "auth": auth, "auth_failure_delay": "0", **listen},
                 "http": {"port": 0},
                 "users": users or {},
-                "pools": pools,
+                # what is counted is what the budget shares, not the diagnostic connection beside it
+                "pools": {name: {"diagnose": False, **each} for name, each in pools.items()},
                 "drain_timeout": "1s",
             }
             sidecar = await ServiceHere.start(json.dumps(text).replace("$", "$$"))
