@@ -62,7 +62,7 @@ async def test_200_clients_never_get_more_than_25_backends(
     """In each of the protocol's ways to run a query; afterwards the pool is as before."""
     role = f"load_{mode}"
     fill(postgres)
-    sidecar = make_process(create_role(postgres, role), max_size=MAX_SIZE)
+    sidecar = make_process(create_role(postgres, role), max_size=MAX_SIZE, diagnose=False)
     async with backends_of(postgres, role) as seen:
         lasting = ("-S", "-T", f"{SECONDS:g}")
         done = await pgbench(postgres, sidecar, mode, *lasting, clients=CLIENTS, threads=2)
@@ -81,7 +81,7 @@ async def test_connections_are_replaced_under_load_within_the_limit(
     """``max_lifetime`` of next to nothing: no client notices, and the limit holds."""
     fill(postgres)
     dsn = create_role(postgres, "load_replaced")
-    sidecar = make_process(dsn, max_size=MAX_SIZE, max_lifetime="200ms")
+    sidecar = make_process(dsn, max_size=MAX_SIZE, diagnose=False, max_lifetime="200ms")
     async with backends_of(postgres, "load_replaced") as seen:
         lasting = ("-S", "-T", "3")
         done = await pgbench(postgres, sidecar, "prepared", *lasting, clients=50, threads=2)
