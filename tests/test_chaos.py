@@ -158,7 +158,13 @@ async def test_whatever_clients_do(
     postgres.psql("CREATE TABLE IF NOT EXISTS chaos (client int)")
     role = f"chaos_{len(options)}"
     postgres.psql(f"CREATE ROLE {role} LOGIN IN ROLE pg_read_all_data, pg_write_all_data")
-    limits = {"diagnose": False, "max_size": MAX_SIZE, "min_idle": 1, "acquire_timeout": "300ms", **options}
+    limits = {
+        "diagnose": False,
+        "max_size": MAX_SIZE,
+        "min_idle": 1,
+        "acquire_timeout": "300ms",
+        **options,
+    }
     sidecar = await make_service(postgres.dsn(user=role), **limits)
     async with asyncio.TaskGroup() as group:
         for number in range(CLIENTS):
