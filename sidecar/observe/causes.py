@@ -249,7 +249,7 @@ def hung(e: Evidence) -> Verdict | None:
         return None
     cannot_ask = next((slow.cause for slow in e.slow if slow.cause), "")
     top = _slowest(e)
-    if not running or (top is not None and top.seconds >= MOST * running and not cannot_ask):
+    if not running or (top is not None and top.seconds > MOST * running and not cannot_ask):
         return None
     evidence = [
         f"{e.used} of {e.max_size} connections run a query; none has ended in"

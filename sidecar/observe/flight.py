@@ -6,7 +6,7 @@ Pure. Three rings, all of fixed size:
 - what each second brought: who held the connections with which statement, what failed, who came;
 - the present second, which becomes one of those.
 
-A second has at most 12 holders, 6 failures and 6 arrivals, each with texts that others have, too (a
+A second has at most 8 holders, 4 failures and 4 arrivals, each with texts that others have, too (a
 statement's, an application's): 1.5 MiB a pool at most, about 0.2 MiB as a rule.
 
 Who holds the connections is looked at once a second, and at each tick while clients wait: what is asked
@@ -29,9 +29,9 @@ STALE: Final = 1.0
 NEWCOMER: Final = 10.0
 """Seconds for which a client counts as new."""
 
-_HOLDERS: Final = 12
-_FAILURES: Final = 6
-_ARRIVALS: Final = 6
+_HOLDERS: Final = 8
+_FAILURES: Final = 4
+_ARRIVALS: Final = 4
 _MOST_KEYS: Final = 200
 """Of one second, before the most important ones are chosen; whatever more comes is in no group."""
 _SLOW: Final = 20
@@ -219,7 +219,7 @@ class Flight:
             self.down_since = now
         if gauges.pending:
             if not self.waiting_since:
-                self.waiting_since = now
+                self.waiting_since = now - gauges.oldest_wait
             self.last_waiting = now
         elif self.waiting_since and now - self.last_waiting > 1.0:
             self.waiting_since = 0.0

@@ -60,15 +60,22 @@ class Incident:
 
 
 class IncidentStore:
-    """``clock`` is the one that all instants are of."""
+    """``clock`` is the one that all instants are of, ``unix`` that of dates."""
 
-    def __init__(self, keep: int, clock: Callable[[], float], directory: str | None = None) -> None:
+    def __init__(
+        self,
+        keep: int,
+        clock: Callable[[], float],
+        directory: str | None = None,
+        unix: Callable[[], float] = time.time,
+    ) -> None:
         self.keep = keep
         self.directory: Final = directory
         self.suppressed = dict.fromkeys(IncidentKind, 0)
         self.changed: Final[OrderedDict[str, Incident]] = OrderedDict()
         """By id, those to be written to files; only if there is a directory."""
         self._clock: Final = clock
+        self._unix: Final = unix
         self._incidents: OrderedDict[str, Incident] = OrderedDict()  # oldest first
         self._last: dict[tuple[IncidentKind, str], float] = {}
         self._begun: deque[float] = deque(maxlen=MOST)
@@ -85,7 +92,7 @@ class IncidentStore:
 
     def unix(self, at: float) -> float:
         """An instant of the clock as unix time."""
-        return time.time() - (self._clock() - at)
+        return self._unix() - (self._clock() - at)
 
     def iso(self, at: float) -> str:
         return iso(self.unix(at))

@@ -20,7 +20,7 @@ from sidecar.observe.causes import (
 from sidecar.observe.evidence import Evidence
 from sidecar.observe.troubles import connection_storm, database_down, error_burst
 from sidecar.observe.verdict import Kind, Verdict, is_contended, is_down
-from sidecar.observe.wording import number, waiting
+from sidecar.observe.wording import number, one_line, waiting
 
 FIGURES: Final = 5
 STEPS: Final = 4
@@ -30,7 +30,12 @@ STEPS: Final = 4
 def judge(e: Evidence, about: IncidentKind | None = None) -> Verdict:
     """``about``: what happened, if one thing did; it is looked into first if clients do not wait."""
     found = _judged(e, about)
-    return replace(found, evidence=found.evidence[:FIGURES], next_steps=found.next_steps[:STEPS])
+    return replace(
+        found,
+        headline=one_line(found.headline),
+        evidence=tuple(map(one_line, found.evidence[:FIGURES])),
+        next_steps=tuple(map(one_line, found.next_steps[:STEPS])),
+    )
 
 
 def _judged(e: Evidence, about: IncidentKind | None) -> Verdict:

@@ -202,7 +202,8 @@ class Watchman:
         if now - case.looked >= pause and (trigger.last == now or trigger.draft is not None):
             case.looked = now
             evidence = self._evidence(now, trigger.began)
-            case.vote(judge(evidence, trigger.kind))
+            if trigger.last == now or case.verdict() is None:  # else it is what it was
+                case.vote(judge(evidence, trigger.kind))
             is_waiting = now < trigger.noticed + _PATIENCE[trigger.kind]
             if trigger.draft is not None and not is_waiting:
                 self._decide(trigger, case, evidence, now)

@@ -8,9 +8,10 @@ from typing import Final
 from sidecar.observe.blame import POOL, UNNAMED
 from sidecar.observe.evidence import Evidence, Name, Settings
 
+_SENTENCE: Final = 400
 _NAME: Final = 64
 _TEXT: Final = 160
-"""Characters of a name and of a statement within a sentence."""
+"""Characters of a sentence, and of a name and a statement within one."""
 
 
 def lasting(seconds: float) -> str:
@@ -51,14 +52,15 @@ def waiting(count: int) -> str:
 def application(name: str) -> str:
     if name in ("", UNNAMED):
         return "an application without application_name"
-    return "the pool itself" if name == POOL else _clean(name, _NAME)
+    return "the pool itself" if name == POOL else one_line(name, _NAME)
 
 
 def statement(name: Name) -> str:
-    return f"{_clean(name.text, _TEXT) or 'a statement without text'} ({name.fingerprint})"
+    return f"{one_line(name.text, _TEXT) or 'a statement without text'} ({name.fingerprint})"
 
 
-def _clean(text: str, most: int) -> str:
+def one_line(text: str, most: int = _SENTENCE) -> str:
+    """Whatever a client or a server put there: nothing that moves a cursor, and not too much."""
     shown = "".join(c if c.isprintable() else " " for c in text[: most + 1])
     return shown if len(shown) <= most else shown[: most - 1] + "…"
 
