@@ -310,6 +310,21 @@ class Flight:
                 found.append(second)
         return found[::-1]
 
+    def columns(self) -> list["array[float] | array[int]"]:
+        """Copies of the rings, oldest first: instants, used, idle, connecting, pending, oldest wait, up."""
+        rings: list[array[float] | array[int]] = [
+            self._ats,
+            self._used,
+            self._idle,
+            self._connecting,
+            self._pending,
+            self._oldest,
+            self._up,
+        ]
+        if self._size < TICKS:
+            return [ring[: self._size] for ring in rings]
+        return [ring[self._next :] + ring[: self._next] for ring in rings]  # type: ignore[operator]  # of one type
+
     def ticks(self, since: float) -> Iterator[Gauge]:
         """Newest first."""
         for back in range(1, self._size + 1):

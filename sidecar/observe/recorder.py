@@ -164,7 +164,7 @@ class PoolRecorder:
             self.leaks,
             lambda: self.blocked,
             self.failures.entries,
-            list,
+            lambda: self.statements.ranked("seconds", 20),
         )
         self.transactions = Histogram(QUERY_BUCKETS)
         self._rollbacks = 0
