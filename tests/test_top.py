@@ -104,7 +104,34 @@ def test_a_frame_tells_who_waits_who_holds_and_what_ran(sidecar, width):
     web.until_ready()
 
 
-def test_rates_are_differences(sidecar):
+def test_a_verdict_is_readable_on_80_columns():
+    """In the overview the headline on two lines and a figure; alone, all of it."""
+    verdict = {
+        "kind": "slow_statement",
+        "headline": "Pool main is full of one slow statement of nightly-burst, SELECT pg_sleep($1)"
+        " (07681e575f3d174e): 20 clients wait.",
+        "evidence": ["It has 65 % of the connections' time in the last 2.7 s, up to 23 connections at"
+        " once, above all for nightly-burst."],
+        "next_steps": ["Find out why it is slow."],
+    }  # fmt: skip
+    board = Board("")
+    board.take(Look(1.0, verdicts=[("main", Entry(verdict))]))
+    assert plain(board, 80, 24)[2:6] == [
+        "Pool main is full of one slow statement of nightly-burst, SELECT pg_sleep($1)",
+        "  (07681e575f3d174e): 20 clients wait.",
+        "  It has 65 % of the connections' time in the last 2.7 s, up to 23 connections …",
+        "waiters: nobody waits",
+    ]
+    board.press("1")
+    assert plain(board, 80, 24)[4:8] == [
+        "  It has 65 % of the connections' time in the last 2.7 s, up to 23 connections",
+        "    at once, above all for nightly-burst.",
+        "  next: Find out why it is slow.",
+        "",
+    ]
+
+
+def test_rates_are_differences():
     """So there are none in the first frame, and none when another sidecar answers."""
 
     def look(at: float, queries: int) -> Look:

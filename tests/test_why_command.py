@@ -101,6 +101,10 @@ HEALTHY = Entry({"kind": "healthy", "headline": "all is well"})
             ],
         ),
         ([("main", Entry({"kind": "pool_too_small"}))], ["main: pool too small"]),
+        (
+            [("main", Entry({"kind": "leak", "headline": "Pool main is full: a leak."}))],
+            ["Pool main is full: a leak."],
+        ),
     ],
 )
 def test_ten_lines_what_is_wrong_first(found, shown):

@@ -69,7 +69,7 @@ def _lines(board: Board, width: int, height: int | None, is_utf8: bool) -> list[
         return lines + [_cut(Text(each), width) for each in text.splitlines()]
     lines += _pools(board, width, is_utf8)
     if board.pane is not Pane.WHY:
-        lines += [_cut(Text(each.text, each.style), width) for each in panes.verdicts(board)]
+        lines += [_cut(Text(each.text, each.style), width) for each in panes.verdicts(board, width)]
     rooms = _rooms(board, None if height is None else height - len(lines) - 1)
     for pane, room in rooms.items():
         lines += _pane(board, pane, room, width)
@@ -115,7 +115,9 @@ def _rooms(board: Board, room: int | None) -> dict[Pane, int]:
 
 def _pane(board: Board, pane: Pane, room: int, width: int) -> list[Text]:
     if pane is Pane.WHY:
-        return [_cut(Text(each.text, each.style), width) for each in panes.explained(board)][:room]
+        return [_cut(Text(each.text, each.style), width) for each in panes.explained(board, width)][
+            :room
+        ]
     columns, make = panes.LISTS[pane]
     heading = _cut(Text(panes.heading(board, pane), "bold"), width)
     rows = list(make(board))

@@ -6,6 +6,7 @@ stay where they are from frame to frame; the last column takes the rest.
 
 from collections.abc import Iterator, Sequence
 from math import nan
+from textwrap import wrap
 from typing import Final, NamedTuple
 
 from sidecar.ask.answers import Entry
@@ -275,24 +276,41 @@ def heading(board: Board, pane: Pane) -> str:
 # -- verdicts --------------------------------------------------------------------------------------
 
 
-def verdicts(board: Board) -> Iterator[Cell]:
-    """A line for each pool with something wrong, and its most telling figure; else that all is well."""
+def verdicts(board: Board, width: int) -> Iterator[Cell]:
+    """For each pool with something wrong a line; for a single one two, and its most telling figure."""
     wrong = [each for each in board.look.verdicts if not is_healthy(each[1])]
     if not wrong:
         yield Cell("healthy", _WELL)
     for pool, verdict in wrong:
-        yield Cell(headline(pool, verdict), WRONG)
-        for line in verdict.texts("evidence")[: 1 if len(wrong) == 1 else 0]:
+        told = headline(pool, verdict)
+        if len(wrong) > 1:
+            yield Cell(told, WRONG)
+            continue
+        for line in _wrapped(told, width, "", most=2):
+            yield Cell(line, WRONG)
+        for line in verdict.texts("evidence")[:1]:
             yield Cell(f"  {line}")
 
 
-def explained(board: Board) -> Iterator[Cell]:
+def explained(board: Board, width: int) -> Iterator[Cell]:
     """All of each verdict."""
     for pool, verdict in board.look.verdicts:
         if board.pool and board.pool != pool:
             continue
-        yield Cell(headline(pool, verdict), _WELL if is_healthy(verdict) else WRONG)
-        for line in verdict.texts("evidence"):
-            yield Cell(f"  {line}")
-        for line in verdict.texts("next_steps"):
-            yield Cell(f"  next: {line}")
+        style = _WELL if is_healthy(verdict) else WRONG
+        yield from (Cell(line, style) for line in _wrapped(headline(pool, verdict), width, ""))
+        for text in verdict.texts("evidence"):
+            yield from (Cell(line) for line in _wrapped(text, width, "  "))
+        for text in verdict.texts("next_steps"):
+            yield from (Cell(line) for line in _wrapped(f"next: {text}", width, "  "))
+
+
+def _wrapped(text: str, width: int, indent: str, most: int | None = None) -> list[str]:
+    return wrap(
+        text,
+        max(width, len(indent) + 10),
+        initial_indent=indent,
+        subsequent_indent=f"{indent}  ",
+        max_lines=most,
+        placeholder="…",
+    )

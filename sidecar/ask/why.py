@@ -33,8 +33,9 @@ def is_healthy(verdict: Entry) -> bool:
 
 
 def headline(pool: str, verdict: Entry) -> str:
-    kind = verdict.text("kind").replace("_", " ")
-    return f"{pool}: {verdict.text('headline') or kind}"
+    """With the name of the pool, once."""
+    told = verdict.text("headline") or verdict.text("kind").replace("_", " ")
+    return told if f"pool {pool} ".lower() in told.lower() else f"{pool}: {told}"
 
 
 def lines(found: Sequence[tuple[str, Entry]], most: int = LINES) -> list[str]:
