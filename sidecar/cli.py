@@ -232,9 +232,11 @@ async def _top(options: argparse.Namespace) -> int:
     except CannotAsk as exc:
         print(f"pgsidecar: {exc}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # ... | head
-        discard_output()
+    except BrokenPipeError:  # --once | head
         return 0
+    finally:
+        if screen.is_lost:
+            discard_output()
 
 
 def _write_anything() -> None:

@@ -24,6 +24,7 @@ from sidecar.ask.asker import Asker, address_of
 from sidecar.ask.board import Board, Look, Pane
 from sidecar.ask.frame import render
 from sidecar.ask.keys import read_keys
+from sidecar.ask.screen import Screen
 from sidecar.ask.top import look_at
 from sidecar.units import age, count, rate
 from tests.sidecar_process import PATIENCE, SidecarProcess, configuration, environment, eventually
@@ -298,6 +299,7 @@ class Terminal:
         self.resize(*size)
         self.before = termios.tcgetattr(self._terminal)
         self.shown = b""
+        self._is_there = True
         self.process = subprocess.Popen(
             [*COMMAND, address, "--interval", "0.2"],
             stdin=self._terminal,
@@ -357,12 +359,17 @@ class Terminal:
         code = self.process.poll()
         return None if code is None else (code,)
 
+    def hang_up(self) -> None:
+        for descriptor in (self._main, self._terminal):
+            os.close(descriptor)
+        self._is_there = False
+
     def close(self) -> None:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
-        os.close(self._main)
-        os.close(self._terminal)
+        if self._is_there:
+            self.hang_up()
 
 
 @pytest.fixture
@@ -398,6 +405,37 @@ def test_a_signal_ends_it_and_the_terminal_is_given_back(terminal, number):
     terminal.until("main")
     terminal.process.send_signal(number)
     assert terminal.ended() == 0
+
+
+def test_a_terminal_that_goes_ends_it(sidecar):
+    """As when its window is closed, and nobody sends a signal."""
+    terminal = Terminal(url(sidecar))
+    try:
+        terminal.until("main")
+        terminal.hang_up()
+        assert terminal.process.wait(PATIENCE) == 0
+    finally:
+        terminal.close()
+
+
+def test_a_failure_gives_the_terminal_back():
+    main, side = pty.openpty()
+    before = termios.tcgetattr(side)
+
+    def fail(screen: Screen) -> None:
+        with screen:
+            assert screen.keys == side
+            assert termios.tcgetattr(side) != before
+            raise ZeroDivisionError
+
+    with open(side, "w", closefd=False) as out, open(side, closefd=False) as keyboard:
+        screen = Screen(out, keyboard, environ={"TERM": "xterm"})
+        with pytest.raises(ZeroDivisionError):
+            fail(screen)
+    assert termios.tcgetattr(side) == before
+    assert os.read(main, 1000).endswith(b"\x1b[?25h\x1b[?1049l")
+    os.close(main)
+    os.close(side)
 
 
 def test_no_color_is_honoured(sidecar):

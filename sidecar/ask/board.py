@@ -23,7 +23,9 @@ SORTS: Final = {
 """The orders of statements that the API offers, in words."""
 
 ROWS: Final = 100
-"""Rows asked for of each list: what a pane can be scrolled through."""
+"""Rows asked for of the list that is shown alone: what it can be scrolled through."""
+FEW: Final = 30
+"""So of the others: a statement with its quantiles costs the sidecar up to 0.1 ms."""
 
 
 class Pane(IntEnum):
@@ -116,13 +118,13 @@ class Board:
                 self.skipped = 0
                 return True
             case "0" | "1" | "2" | "3" | "4" | "5":
-                self._turn_to(Pane(int(key)))
+                return self._turn_to(Pane(int(key)))
             case "tab" | "right":
-                self._turn_to(Pane((self.pane + 1) % len(Pane)))
+                return self._turn_to(Pane((self.pane + 1) % len(Pane)))
             case "backtab" | "left":
-                self._turn_to(Pane((self.pane - 1) % len(Pane)))
+                return self._turn_to(Pane((self.pane - 1) % len(Pane)))
             case "escape":
-                self._turn_to(Pane.ALL)
+                return self._turn_to(Pane.ALL)
             case "down":
                 most = max(0, len(self.look.items(self.pane)) - 1)
                 self.skipped = min(self.skipped + 1, most)
@@ -130,9 +132,15 @@ class Board:
                 self.skipped = max(0, self.skipped - 1)
         return False
 
-    def _turn_to(self, pane: Pane) -> None:
+    def rows(self, pane: Pane) -> int:
+        """How many to ask for."""
+        return ROWS if pane is self.pane else FEW
+
+    def _turn_to(self, pane: Pane) -> bool:
+        """True: more rows are needed than there are."""
         self.pane = pane
         self.skipped = 0
+        return self.look.total(pane) > len(self.look.items(pane))
 
 
 def _next(names: list[str], current: str) -> str:

@@ -41,6 +41,8 @@ class Screen:
         """The descriptor to read keys from, where there are any."""
         self._before: list[Any] | None = None
         self._is_entered = False
+        self.is_lost = False
+        """Nobody reads the output any more."""
 
     def __enter__(self) -> Self:
         if self.keys is not None:
@@ -70,6 +72,8 @@ class Screen:
             if self._is_entered:
                 self._is_entered = False
                 self._write(_LEAVE)
+        except OSError:
+            pass  # nobody is there to see it
         finally:
             if before is not None and self.keys is not None:
                 try:
@@ -105,8 +109,12 @@ class Screen:
             return None
 
     def _write(self, text: str) -> None:
-        self._out.write(text)
-        self._out.flush()
+        try:
+            self._out.write(text)
+            self._out.flush()
+        except OSError:
+            self.is_lost = True
+            raise
 
 
 def _descriptor(keyboard: TextIO | None) -> int | None:

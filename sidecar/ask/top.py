@@ -14,7 +14,7 @@ from urllib.parse import quote
 from sidecar.ask import why
 from sidecar.ask.answers import Entry
 from sidecar.ask.asker import Asker, CannotAsk
-from sidecar.ask.board import ROWS, Board, Look, Pane
+from sidecar.ask.board import Board, Look, Pane
 from sidecar.ask.frame import render
 from sidecar.ask.keys import read_keys
 from sidecar.ask.screen import Screen
@@ -67,7 +67,7 @@ async def look_at(asker: Asker, board: Board, now: float) -> Look:
             group.create_task(ask("why", "/api/v1/why", limit=POOLS))
             for pane, path in _PATHS.items():
                 sort = {"sort": board.sort} if pane is Pane.STATEMENTS else {}
-                group.create_task(ask(pane.name, path, limit=ROWS, **mine, **sort))
+                group.create_task(ask(pane.name, path, limit=board.rows(pane), **mine, **sort))
         pools = found["pools"].entries("items")
         names = [pool.text("name") for pool in pools][:POOLS]
         async with asyncio.TaskGroup() as group:
