@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sidecar import grammar
 from sidecar.fingerprint import LONGEST, normalise
 
-steady = settings(deadline=None)
+steady = settings(deadline=None, max_examples=50)
 
 
 def fingerprint(text: str | bytes) -> str:
@@ -218,7 +218,7 @@ def planted(draw: st.DrawFn) -> bytes:
     return "".join(pieces).encode(draw(st.sampled_from(["utf-8", "latin-1"])))
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=250)
 @given(planted())
 def test_no_literal_is_shown_whatever_stands_around(text):
     assert SECRET not in shown(text)

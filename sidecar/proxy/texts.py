@@ -45,6 +45,9 @@ _FUNCTION_CALL: Final = fingerprint.fingerprint("<FunctionCall>")
 """A message of its own, without a text (54.2.5)."""
 
 _ZEROS: Final = bytes(0x30 if 0x30 <= byte <= 0x39 else byte for byte in range(256))
+_SLASH: Final = 0x2F
+_QUOTE: Final = 0x27
+_BACKSLASH: Final = 0x5C
 _TRANSACTION: Final = int(Operation.TRANSACTION)
 _OTHER: Final = int(Operation.OTHER)
 
@@ -131,13 +134,13 @@ class Texts:
 
     def query(self, text: bytes) -> Query:
         """Of a Query message."""
-        # Not ``in``, which costs 0.14 us for bytes; each of these is 0.05 us.
-        if text.partition(b"/*")[1]:
+        # A byte is found by its number in 0.02 us; two take 0.3 us in a text of 300 bytes.
+        if _SLASH in text and text.partition(b"/*")[1]:
             return self._commented(text)
         code = text
-        pieces = text.split(b"'")
-        if len(pieces) > 1:
-            if not len(pieces) & 1 or text.partition(b"\\")[1]:
+        if _QUOTE in text:
+            pieces = text.split(b"'")
+            if not len(pieces) & 1 or _BACKSLASH in text:
                 return self._look_up(text, text)
             code = b"'".join(pieces[::2])
         known = self._shapes.young.get(code.translate(_ZEROS))
