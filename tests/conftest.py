@@ -15,6 +15,7 @@ import pytest
 import uvloop
 
 from sidecar.demo.postgres import EmbeddedPostgres
+from tests.copied_postgres import CopiedPostgres, use_shared_memory
 from tests.debian_postgres import TlsPostgres
 from tests.listener_files import ListenerFiles, make_files
 from tests.sidecar_process import (
@@ -39,6 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "both_loops: run on uvloop and on asyncio's own loop, too")
     if os.environ.get(_VARIABLE, "16") not in _VERSIONS:
         raise pytest.UsageError(f"{_VARIABLE} must be one of {', '.join(_VERSIONS)}")
+    use_shared_memory()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -59,7 +61,7 @@ def postgres_version() -> int:
 @pytest.fixture(scope="session")
 def postgres(postgres_version: int) -> Iterator[EmbeddedPostgres]:
     """One server for all tests of this worker: use own names in it, do not stop it."""
-    with EmbeddedPostgres(postgres_version, settings={"max_connections": "200"}) as server:
+    with CopiedPostgres(postgres_version, settings={"max_connections": "200"}) as server:
         _servers.append(server)
         yield server
         _servers.remove(server)
@@ -76,14 +78,14 @@ def tls_postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TlsPostgr
 
 @pytest.fixture
 def own_postgres(postgres_version: int) -> Iterator[MakePostgres]:
-    """Makes servers that this test may kill, stall and configure (about 1 s each).
+    """Makes servers that this test may kill, stall and configure.
 
     Takes the arguments of ``EmbeddedPostgres``; they run when returned and are gone after the test.
     """
     made: list[EmbeddedPostgres] = []
 
     def make(version: int = postgres_version, **options: object) -> EmbeddedPostgres:
-        server = EmbeddedPostgres(version, **options)  # type: ignore[arg-type]  # passed on
+        server = CopiedPostgres(version, **options)  # type: ignore[arg-type]  # passed on
         made.append(server)
         server.start()
         _servers.append(server)

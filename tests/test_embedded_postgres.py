@@ -79,6 +79,20 @@ def test_settings_and_names_are_applied(own_postgres: MakePostgres) -> None:
         assert shown == ("an app",)
 
 
+def test_copied_servers_share_no_file(own_postgres: MakePostgres) -> None:
+    """Nor do they begin with what the one before them has written: each is as initdb makes it."""
+    one, other = own_postgres(), own_postgres()
+    one.psql("CREATE TABLE written AS SELECT 1 AS a; CHECKPOINT")
+    later = own_postgres()
+    for server in (other, later):
+        assert server.psql("SELECT to_regclass('written') IS NULL") == "t"
+    inodes = [
+        {path.stat().st_ino for path in server.data_dir.rglob("*") if path.is_file()}
+        for server in (one, other)
+    ]
+    assert inodes[0].isdisjoint(inodes[1])
+
+
 def test_kill_and_restart_keep_commits_and_port(own_postgres: MakePostgres) -> None:
     """A crash cuts clients off, but loses nothing that was acknowledged."""
     server = own_postgres()

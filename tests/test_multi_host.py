@@ -18,6 +18,7 @@ from sidecar.pool.link import Address
 from sidecar.pool.server import ServerConnection, cancel_query, clock
 from sidecar.protocol import messages as m
 from sidecar.target import Host
+from tests.copied_postgres import CopiedPostgres
 from tests.server_connection import Reader, ask, opened, refused
 from tests.sidecar_process import PATIENCE, come_true
 from tests.tap import Tap
@@ -40,7 +41,7 @@ def primary(postgres: EmbeddedPostgres) -> EmbeddedPostgres:
 
 @pytest.fixture(scope="module")
 def standby(postgres_version: int) -> Iterator[EmbeddedPostgres]:
-    with EmbeddedPostgres(postgres_version) as server:
+    with CopiedPostgres(postgres_version) as server:
         demote(server)
         yield server
 

@@ -8,13 +8,14 @@ import pytest
 
 from sidecar.demo.postgres import EmbeddedPostgres
 from sidecar.protocol import messages as m
+from tests.copied_postgres import CopiedPostgres
 from tests.tap import Tap, end
 from tests.wire import Client, Sidecar, error, kinds, query, startup
 
 
 @pytest.fixture(scope="module")
 def postgres18() -> Iterator[EmbeddedPostgres]:
-    with EmbeddedPostgres(18) as server:
+    with CopiedPostgres(18) as server:
         yield server
 
 
@@ -92,7 +93,7 @@ def cancels(sidecar: Sidecar, postgres: EmbeddedPostgres) -> bool:
 def test_server_gives_the_longest_keys_it_has(postgres18, sidecar):
     assert secret_sizes(sidecar) == {32}
     assert cancels(sidecar, postgres18)
-    with EmbeddedPostgres(16) as postgres16, Sidecar(postgres16) as other:
+    with CopiedPostgres(16) as postgres16, Sidecar(postgres16) as other:
         assert secret_sizes(other) == {4}
         assert cancels(other, postgres16)
 

@@ -18,6 +18,7 @@ from sidecar.protocol.authentication import (
     derive_keys,
     make_verifier,
 )
+from tests.copied_postgres import CopiedPostgres
 from tests.wire import Client, startup
 
 OFFERED = (b"SCRAM-SHA-256-PLUS", b"SCRAM-SHA-256", b"")
@@ -27,7 +28,7 @@ HASH = hashlib.sha256(b"a certificate").digest()
 @pytest.fixture(scope="module")
 def guarded() -> Iterator[EmbeddedPostgres]:
     """PostgreSQL that asks for SCRAM."""
-    with EmbeddedPostgres(16, auth="scram-sha-256", password="secret") as server:
+    with CopiedPostgres(16, auth="scram-sha-256", password="secret") as server:
         yield server
 
 

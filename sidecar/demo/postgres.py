@@ -279,15 +279,19 @@ class EmbeddedPostgres:
         )
         if account is not None:
             os.chown(self._folder, account.uid, account.gid)
+        self.make_data()
+        with (self.data_dir / "postgresql.conf").open("a") as file:
+            for name, value in (_SETTINGS | self._settings).items():
+                file.write(f"{name} = {_quoted(value)}\n")
+            file.write(f"unix_socket_directories = {_quoted(str(self._folder))}\n")
+
+    def make_data(self) -> None:
+        """Run initdb. A subclass may have the like of what that makes from somewhere else."""
         with self._password_file() as options, tempfile.TemporaryFile() as said:
             done = self._spawn("initdb", self._initdb_options() + options, said).wait()
             said.seek(0)
             if done != 0:
                 raise EmbeddedPostgresError(f"initdb failed\n{said.read().decode().strip()}")
-        with (self.data_dir / "postgresql.conf").open("a") as file:
-            for name, value in (_SETTINGS | self._settings).items():
-                file.write(f"{name} = {_quoted(value)}\n")
-            file.write(f"unix_socket_directories = {_quoted(str(self._folder))}\n")
 
     def _initdb_options(self) -> list[str]:
         options = ["-D", str(self.data_dir), "-U", self.user, "-A", self._auth]

@@ -18,7 +18,7 @@ from urllib.parse import quote
 import psycopg
 import psycopg2
 
-from sidecar.demo.postgres import EmbeddedPostgres
+from tests.copied_postgres import CopiedPostgres
 from tests.sidecar_process import SidecarProcess, environment, eventually
 
 MODES = ("transaction", "session")
@@ -129,7 +129,7 @@ class Stage:
     def __init__(self, version: int, folder: Path) -> None:
         self.version = version
         self._folder = folder
-        self._server = EmbeddedPostgres(
+        self._server = CopiedPostgres(
             version,
             auth="scram-sha-256",
             settings={"max_connections": "100", "max_prepared_transactions": "10"},
