@@ -6,6 +6,7 @@ skipped. Tests run on uvloop, as the sidecar does where there is one.
 """
 
 import asyncio
+import gc
 import os
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
 from contextlib import AsyncExitStack, ExitStack
@@ -41,6 +42,15 @@ def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get(_VARIABLE, "16") not in _VERSIONS:
         raise pytest.UsageError(f"{_VARIABLE} must be one of {', '.join(_VERSIONS)}")
     use_shared_memory()
+
+
+def pytest_collection_finish() -> None:
+    """What is there now, stays: a collection during a test, ours or Python's, need not look at it.
+
+    They are hundreds of thousands, and some tests have them collected by hand.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)
