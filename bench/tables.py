@@ -13,7 +13,7 @@ from typing import Final
 from bench.options import MODES
 from bench.pgbench import percentile
 from bench.recording import CLIENTS as RECORDING_CLIENTS
-from bench.recording import MODE as RECORDING_MODE
+from bench.recording import MODES as RECORDING_MODES
 from bench.results import DIRECT, PGBOUNCER, RECORDING, SIDECAR, SILENT, Report, Run
 from bench.rig import POOL_SIZE
 
@@ -161,19 +161,23 @@ def _cpu(cases: Sequence[_Case]) -> Table:
 
 
 def _recording(runs: list[Run]) -> Table:
-    case = _Case(RECORDING_MODE, RECORDING_CLIENTS, runs)
-    losses = [1 - ratio for ratio in case.ratios(RECORDING, SILENT, _tps)]
-    extra = [ratio - 1 for ratio in case.ratios(RECORDING, SILENT, _cpu_time)]
-    grade = _at_most(losses, RECORDING_GOAL, RECORDING_GOAL)
-    tps = [case.middle(name, _tps, ",.0f") for name in (RECORDING, SILENT)]
-    cpu = [case.middle(name, _cpu_time, ".1f", 1e6) for name in (RECORDING, SILENT)]
-    rows = [
-        [Cell("throughput, per second"), *tps, *_percent_cells(losses), _target(grade)],
-        [Cell("CPU per transaction, us"), *cpu, *_percent_cells(extra), Cell("")],
-    ]
+    rows: list[list[Cell]] = []
+    pairs = 0
+    for mode in RECORDING_MODES:
+        case = _Case(mode, RECORDING_CLIENTS, runs)
+        losses = [1 - ratio for ratio in case.ratios(RECORDING, SILENT, _tps)]
+        extra = [ratio - 1 for ratio in case.ratios(RECORDING, SILENT, _cpu_time)]
+        pairs = len(losses)
+        grade = _at_most(losses, RECORDING_GOAL, RECORDING_GOAL)
+        tps = [case.middle(name, _tps, ",.0f") for name in (RECORDING, SILENT)]
+        cpu = [case.middle(name, _cpu_time, ".1f", 1e6) for name in (RECORDING, SILENT)]
+        rows += [
+            [Cell(f"{mode}: per second"), *tps, *_percent_cells(losses), _target(grade)],
+            [Cell(f"{mode}: CPU, us"), *cpu, *_percent_cells(extra), Cell("")],
+        ]
     notes = [
-        f"{case.mode} mode, {case.clients} clients, {len(losses)} pairs of runs; "
-        f"target: at most {RECORDING_GOAL:.0%} of the throughput"
+        f"transactions per second, CPU per transaction, {RECORDING_CLIENTS} clients,"
+        f" {pairs} pairs of runs each; target: at most {RECORDING_GOAL:.0%} of the throughput"
     ]
     header = ["", "recording", "off", "cost", "middle half", "target"]
     return Table("Cost of recording", header, rows, notes)
