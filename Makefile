@@ -11,7 +11,7 @@ PY := $(VENV)/bin/python
 # Which interpreter .venv is made with: 3.11 or newer.
 PYTHON ?= python3
 
-# Test processes at a time; each has a PostgreSQL of its own.
+# Test processes at a time; each has a PostgreSQL of its own. auto: three for two cores.
 JOBS ?= auto
 
 # Debian keeps pgbouncer there, which is not on everybody's path.
