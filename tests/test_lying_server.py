@@ -301,6 +301,8 @@ def between(
     pools = {"main": {"dsn": postgres.dsn(), "max_size": 2, "min_idle": 1}, "liar": of_liar}
     with Sidecar(pools=pools, listen={"login_timeout": f"{LOGIN_TIMEOUT}s"}) as sidecar:
         try:
+            # the logins of these tests have little time: what they need is there before
+            sidecar.until(lambda: sidecar.service.pools["main"].opener.is_up, "main is up")
             with sidecar.login() as witness:
                 yield sidecar
                 assert witness.rows("select 1, 'a'") == [["1", "a"]]
