@@ -164,7 +164,8 @@ def _recording(runs: list[Run]) -> Table:
     rows: list[list[Cell]] = []
     pairs = 0
     for mode in RECORDING_MODES:
-        case = _Case(mode, RECORDING_CLIENTS, runs)
+        of_mode = [run for run in runs if run.mode == mode]
+        case = _Case(mode, RECORDING_CLIENTS, of_mode)
         losses = [1 - ratio for ratio in case.ratios(RECORDING, SILENT, _tps)]
         extra = [ratio - 1 for ratio in case.ratios(RECORDING, SILENT, _cpu_time)]
         pairs = len(losses)
