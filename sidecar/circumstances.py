@@ -29,6 +29,7 @@ def settings_of(config: Config, address: tuple[str, int]) -> dict[str, Settings]
             leak_action=pool.leak_action,
             max_clients=pool.max_clients,
             console=console,
+            has_admin=bool(config.console.admin_users),
             options={k: v for k, v in pools[name].items() if k not in _UNSAID},
         )
         for name, pool in config.pools.items()

@@ -266,6 +266,7 @@ class PoolGauges:
     waiters: Callable[[], list[Who]] = list  # at this instant, longest waiting first; 1 us for each
     is_paused: bool = False  # by someone at the console: clients wait since they are meant to
     why_down: str = ""  # what the last attempt to open a connection met with; empty if all is well
+    in_login: int = 0  # of those who wait: that cannot log in before there is a connection
 
 
 @dataclass(frozen=True, slots=True)

@@ -229,6 +229,9 @@ class Service:
         )
 
     async def _janitor(self) -> None:
+        if self._files is not None:  # if they cannot be written, better hear it now than at night
+            self._saving = True
+            self._spawn(self._save_incidents())
         due = clock() + TICK
         while True:
             await asyncio.sleep(due - clock())

@@ -20,6 +20,7 @@ from sidecar import check
 from sidecar.config_file import parse
 from sidecar.demo.postgres import EmbeddedPostgres
 from sidecar.errors import SidecarError
+from sidecar.observe.verdict import Kind
 from sidecar.proxy.login import Login
 from tests.conftest import MakePostgres
 from tests.sidecar_process import PATIENCE, POLL, Metrics, ServiceHere, come_true
@@ -645,3 +646,38 @@ async def test_a_login_whose_template_a_reload_has_removed_is_refused(
     with pytest.raises(SidecarError) as caught:
         directory.enter(before, Login("tenant_1", "tenant_1"), object())
     assert caught.value.sqlstate == "3D000"
+
+
+# -- why -------------------------------------------------------------------------------------------
+
+
+async def test_who_waits_already_in_login_is_one_who_waits(
+    tenants: EmbeddedPostgres, make_templates: MakeTemplates
+) -> None:
+    """One tenant has all connections, and leaves them idle in transactions; another's first client
+    cannot log in before there is one for it."""
+    sidecar = await make_templates({"tenant_*": {"dsn": at(tenants), "max_size": 2}})
+    dsn = sidecar.dsn("tenant_1", "tenant_1", application_name="greedy")
+    greedy = [await psycopg.AsyncConnection.connect(dsn) for _ in range(2)]
+    for conn in greedy:
+        await conn.execute("SELECT 1")
+    late = asyncio.create_task(psycopg.AsyncConnection.connect(sidecar.dsn("tenant_2", "tenant_2")))
+
+    recorder = sidecar.service.recorder.pool("tenant_*")
+    verdict = await come_true(
+        lambda: next(
+            (
+                found
+                for found in [recorder.verdict(time.monotonic())]
+                if found.kind is not Kind.HEALTHY
+            ),
+            None,
+        ),
+        "it is told",
+    )
+    assert (verdict.kind, verdict.application) == (Kind.LEAK, "greedy")
+    assert verdict.headline.endswith("1 client waits.")
+    assert any("1 of them in login" in sentence for sentence in verdict.evidence)
+    for conn in greedy:
+        await conn.close()
+    await (await late).close()

@@ -148,6 +148,23 @@ def test_calm(figures):
     assert judge(evidence(**figures)).kind is Kind.HEALTHY
 
 
+def test_paused_pool_is_told_as_such():
+    verdict = judge(full(is_paused=True))
+    assert verdict.kind is Kind.HEALTHY
+    assert "paused by an administrator" in verdict.headline
+    assert "'RESUME main'" in verdict.next_steps[0]
+
+
+def test_command_that_nobody_may_give_is_told_as_such():
+    """With console.admin_users empty, as it is by default."""
+    verdict = judge(full(settings=replace(SETTINGS, has_admin=False)))
+    assert all(
+        "name an ADMIN in console.admin_users first" in step
+        for step in verdict.next_steps
+        if "psql" in step
+    )
+
+
 def test_locks_of_a_moment_are_not_commented():
     """Without a slow query or clients that wait, they are daily business."""
     root = blocker(holder("web", CART))
@@ -160,9 +177,37 @@ def test_locks_of_a_moment_are_not_commented():
 def test_many_with_short_work_make_the_pool_too_small():
     verdict = judge(full())
     assert (verdict.kind, verdict.application, verdict.statement) == (Kind.POOL_TOO_SMALL, "", None)
-    assert "all 10 connections work, 31 clients wait" in verdict.headline
+    assert "all 10 connections are busy, 31 clients wait" in verdict.headline
     assert any("max_size (now 10)" in step for step in verdict.next_steps)
     assert any("web 40 %" in sentence for sentence in verdict.evidence)
+
+
+def test_connections_that_are_kept_are_not_called_busy():
+    """By clients of session mode, pins, or transactions with pauses below a second."""
+    shares = (share("web", CART, 80.0, 60.0, "idle"), share("api", REPORT, 20.0))
+    verdict = judge(full(shares=shares))
+    assert verdict.kind is Kind.POOL_TOO_SMALL
+    assert "clients keep its 10 connections, mostly without a query" in verdict.headline
+    assert "80 %" in verdict.evidence[1]
+    assert "SHOW PINS" in verdict.next_steps[0]
+    verdict = judge(full(shares=shares, settings=replace(SETTINGS, mode="session")))
+    assert "mode is session" in verdict.next_steps[0]
+    verdict = judge(full(shares=(share("web", CART, 80.0, 0.4, "idle in transaction"),)))
+    assert "other work" in verdict.next_steps[0]
+
+
+def test_second_cause_is_told_besides_the_first():
+    """It has too little of the pool to be the verdict, and too much to be silent about."""
+    shares = (share("reporting", REPORT, 60.0, 3.0), share("web", CART, 40.0))
+    busy = [holder("reporting", REPORT, age=3.0, server=n, client=n) for n in range(20, 26)]
+    verdict = judge(full(shares=shares, holders=(*busy, *left_open(4))))
+    assert verdict.kind is Kind.SLOW_STATEMENT
+    assert verdict.evidence[1] == "Besides, billing-worker left 4 transactions open."
+    behind = ((3, blocker(holder("shop"), pid=77)), (4, blocker(holder("shop"), pid=77)))
+    verdict = judge(full(shares=shares, holders=tuple(busy), blocked=behind))
+    assert verdict.evidence[1] == "Besides, 2 connections wait for a lock behind backend 77."
+    verdict = judge(full(shares=shares, holders=(*busy, *left_open(1))))
+    assert not any("Besides" in sentence for sentence in verdict.evidence)
 
 
 def test_one_fast_statement_is_not_a_slow_one():
@@ -222,6 +267,31 @@ def test_leak_is_told_as_a_person_would():
     assert any("idle_in_transaction_timeout (now off)" in step for step in verdict.next_steps)
 
 
+def test_leak_has_all_the_time_that_it_has_held():
+    """From its first second, and of another lease that the application has, nothing."""
+    shares = (
+        share("billing-worker", INVOICE, 60.0, 0.5, "idle in transaction"),
+        share("billing-worker", INVOICE, 40.0, 5.0, "idle"),
+    )
+    verdict = judge(full(holders=tuple(left_open(6)), shares=shares))
+    assert verdict.evidence[1] == "That is 60 % of the connections' time in the last 10 s."
+
+
+def test_clients_that_waited_until_just_now_are_told():
+    """All of them have timed out in this instant, and the pool is as full as before."""
+    gone = {"pending": 0, "quiet_for": 0.3, "most_pending": 4, "timeouts": 4}
+    verdict = judge(full(holders=tuple(left_open(7)), **gone))
+    assert verdict.headline.endswith(": up to 4 clients waited until just now.")
+
+
+def test_nothing_is_wrong_once_a_long_wait_is_over():
+    """The cause is gone and connections are free: nothing else is to be blamed for what was. But
+    where waits come and go, the next one is near."""
+    over = {"pending": 0, "quiet_for": 0.2, "most_pending": 8, "used": 6, "idle": 4}
+    assert judge(full(**over)).kind is Kind.HEALTHY
+    assert judge(full(**over, flickers=True)).kind is Kind.POOL_TOO_SMALL
+
+
 def test_leak_without_clients_that_wait_is_told_once_it_counts_as_one():
     (left,) = left_open(1)
     verdict = judge(evidence(holders=(left,), leaks=(left,)), IncidentKind.LEAK)
@@ -271,6 +341,16 @@ def test_root_of_the_longest_queue_counts():
     one, two = blocker(holder("one"), pid=1), blocker(holder("two"), pid=2)
     chain = (*blocked_by(one, 2), *[(server, two) for server in range(5, 11)])
     assert judge(full(blocked=chain)).application == "two"
+
+
+def test_who_blocks_from_outside_is_told_what_helps_there():
+    """The sidecar's options do not reach it."""
+    outside = replace(blocker(None, "dba-laptop", pid=77), age=5.9)
+    verdict = judge(full(blocked=tuple((n, outside) for n in range(8))))
+    assert "dba-laptop holds (idle in transaction for 5.9 s, backend 77)" in verdict.headline
+    steps = " ".join(verdict.next_steps)
+    assert "pg_terminate_backend(77)" in steps
+    assert "idle_in_transaction_session_timeout in PostgreSQL" in steps
 
 
 def test_root_that_is_nobody_of_ours_is_told_by_pid():
@@ -390,7 +470,8 @@ def test_burst_of_errors(rate, before, queries, kind):
             "importer",
             Name(INVOICE.fingerprint, INVOICE.text),
         )
-        assert "23505 from the server" in verdict.headline
+        assert "importer with 23505 (duplicate key value)" in verdict.headline
+        assert f"{rate:.0f} errors per second in the last 5 s" in verdict.evidence[0]
 
 
 def test_what_happened_is_looked_into_first():

@@ -4,6 +4,7 @@ Pure.
 """
 
 from collections import Counter
+from typing import Final
 
 from sidecar.observe.blame import label_of
 from sidecar.observe.evidence import Evidence, Name, Share, name_of
@@ -15,15 +16,20 @@ from sidecar.observe.wording import (
     counted,
     host_of,
     lasting,
+    milliseconds,
     number,
     option,
     percent,
+    queue,
     sentence,
     statement,
     waiting,
     waits,
 )
 from sidecar.work import Blocker
+
+_MUCH: Final = 0.2
+"""Share of the connections in use from which on something is told besides the cause."""
 
 
 def lock_chain(e: Evidence) -> Verdict | None:
@@ -47,7 +53,7 @@ def lock_chain(e: Evidence) -> Verdict | None:
             return None
     elif not e.slow:
         return None  # locks of some milliseconds are everybody's daily bread
-    culprit, name, doing = label_of(root.application), None, root.state or "at work"
+    culprit, name, doing = label_of(root.application), None, _state_of(root) or "at work"
     evidence = [
         f"{counted(count, 'connection')} of {e.used} in use wait{'s' * (count == 1)} for locks, all"
         f" behind backend {pid}.",
@@ -59,7 +65,7 @@ def lock_chain(e: Evidence) -> Verdict | None:
         doing = f"{holder.state} for {lasting(max(0.0, e.now - holder.since))}"
         last = "it runs" if holder.state == "running" else "its last statement was"
         if name is not None:
-            evidence.append(f"{application(culprit)} is {doing}; {last} {statement(name)}.")
+            evidence.append(f"{application(culprit)} has been {doing}; {last} {statement(name)}.")
         if holder.transaction_since:
             age = lasting(max(0.0, e.now - holder.transaction_since))
             evidence.append(f"Its transaction has been open for {age}.")
@@ -68,32 +74,37 @@ def lock_chain(e: Evidence) -> Verdict | None:
     else:
         where = "not a connection of this pool"
         evidence.append(
-            f"Backend {pid} is {application(culprit)}, {where}: {root.state or 'state unknown'}."
+            f"Backend {pid} is {application(culprit)}, {where}: {_state_of(root) or 'state unknown'}."
         )
         steps.append(f"End it on the server: SELECT pg_terminate_backend({pid}).")
-    evidence.append(f"{sentence(waiting(e.pending))}; the oldest for {lasting(e.oldest_wait)}.")
+    evidence.append(waits(e))
     waiter = next((share for share in e.shares if share.state == "running"), None)
     if waiter is not None and waiter.statement is not None and waiter.statement != name:
         evidence.append(f"What waits for the lock, above all: {statement(waiter.statement)}.")
     steps.append(
         f"Keep transactions of {application(culprit)} short: commit before it does anything else."
     )
-    timeout = option(e.settings.idle_in_transaction_timeout)
+    timeout = f"idle_in_transaction_timeout (now {option(e.settings.idle_in_transaction_timeout)})"
+    if not root.is_ours:
+        timeout = "idle_in_transaction_session_timeout in PostgreSQL"
     steps.append(
-        f"idle_in_transaction_timeout (now {timeout}) ends transactions that are left open;"
-        " lock_timeout in PostgreSQL ends the wait."
+        f"{timeout} ends transactions that are left open; lock_timeout in PostgreSQL ends the wait."
     )
     is_are = "waits" if count == 1 else "wait"
     return Verdict(
         Kind.LOCK_CHAIN,
         e.pool,
         f"{counted(count, 'connection')} of pool {e.pool} {is_are} for a lock that"
-        f" {application(culprit)} holds ({doing}, backend {pid}): {waiting(e.pending)}.",
+        f" {application(culprit)} holds ({doing}, backend {pid}): {queue(e)}.",
         culprit,
         name,
         tuple(evidence),
         tuple(steps),
     )
+
+
+def _state_of(root: Blocker) -> str:
+    return f"{root.state} for {lasting(root.age)}" if root.state and root.age else root.state
 
 
 def leak(e: Evidence) -> Verdict | None:
@@ -111,8 +122,9 @@ def leak(e: Evidence) -> Verdict | None:
     oldest, client = max(0.0, e.now - worst.since), worst.who.client
     names = Counter(name_of(holder.statement) for holder in mine)
     name = names.most_common(1)[0][0]
-    stale = sum(share.stale for share in e.shares if share.application == culprit)
-    share_of = stale / e.connection_seconds if e.connection_seconds else 0.0
+    states = {holder.state for holder in mine}
+    held = sum(s.seconds for s in e.shares if s.application == culprit and s.state in states)
+    share_of = held / e.connection_seconds if e.connection_seconds else 0.0
     evidence = [
         f"{application(culprit)} holds {counted(count, 'connection')} of {e.max_size} in open"
         f" transactions in which nothing runs, the oldest for {lasting(oldest)}."
@@ -128,9 +140,9 @@ def leak(e: Evidence) -> Verdict | None:
     what = f"{application(culprit)} left {counted(count, 'transaction')} open (oldest"
     what += f" {lasting(oldest)})"
     headline = (
-        f"Pool {e.pool} is full because {what}: {waiting(e.pending)}."
+        f"Pool {e.pool} is full because {what}: {queue(e)}."
         if is_full
-        else f"In pool {e.pool} {what}: {waiting(e.pending)}."
+        else f"In pool {e.pool} {what}: {queue(e)}."
     )
     return Verdict(
         Kind.LEAK,
@@ -220,7 +232,7 @@ def slow_statement(e: Evidence) -> Verdict | None:
     evidence.append(waits(e))
     headline = (
         f"Pool {e.pool} is full of one slow statement of {application(culprit)}, {what}:"
-        f" {waiting(e.pending)}."
+        f" {queue(e)}."
         if is_full
         else f"A query of {application(culprit)} in pool {e.pool} has run for {lasting(oldest)}:"
         f" {what}."
@@ -262,7 +274,7 @@ def hung(e: Evidence) -> Verdict | None:
         Kind.DATABASE_DOWN,
         e.pool,
         f"PostgreSQL at {e.settings.server} does not answer: pool {e.pool} is full of queries that"
-        f" do not end, {waiting(e.pending)}.",
+        f" do not end, {queue(e)}.",
         evidence=tuple(evidence),
         next_steps=(
             "See whether the server's host, disk and network work: "
@@ -273,8 +285,27 @@ def hung(e: Evidence) -> Verdict | None:
     )
 
 
+def besides(e: Evidence) -> list[str]:
+    """What is not the cause, but has a good part of the connections, too."""
+    found = []
+    left = Counter(
+        application_of(holder.who)
+        for holder in e.holders
+        if holder.state == "idle in transaction" and e.now - holder.since >= STALE
+    )
+    for name, count in left.most_common(1):
+        if count >= _MUCH * e.used:
+            found.append(f"Besides, {application(name)} left {counted(count, 'transaction')} open.")
+    behind = Counter(root.backend_pid for _, root in e.blocked)
+    for pid, count in behind.most_common(1):
+        if count >= _MUCH * e.used:
+            waits_for = f"wait{'s' * (count == 1)} for a lock behind backend {pid}"
+            found.append(f"Besides, {counted(count, 'connection')} {waits_for}.")
+    return found
+
+
 def pool_too_small(e: Evidence) -> Verdict:
-    evidence = [waits(e)]
+    evidence, steps = [waits(e)], []
     if e.full:
         evidence.append(
             f"All connections were in use for {percent(e.full)} of the last {lasting(e.seconds)}."
@@ -284,49 +315,63 @@ def pool_too_small(e: Evidence) -> Verdict:
         before = e.transactions_before
         usual = "" if before is None else f" ({number(before)} before)"
         evidence.append(
-            f"{number(e.transactions)} transactions per second{usual}, {lease * 1000:.1f} ms of a"
-            " connection each; no statement and no application keeps them."
+            f"{number(e.transactions)} transactions per second{usual}, each has a connection for"
+            f" {milliseconds(lease)}."
         )
     by_application: dict[str, float] = {}
-    idle = 0.0
+    idle = kept = 0.0
     for share in e.shares:
         by_application[share.application] = (
             by_application.get(share.application, 0.0) + share.seconds
         )
         idle += share.seconds if share.state != "running" else 0.0
+        kept += share.seconds if share.state == "idle" else 0.0
     top = sorted(by_application.items(), key=lambda each: -each[1])[:3]
     if top and e.connection_seconds:
         parts = [f"{application(n)} {percent(s / e.connection_seconds)}" for n, s in top]
         evidence.append(f"By application: {', '.join(parts)}.")
         if idle >= 0.2 * e.connection_seconds:
-            evidence.append(
+            evidence.insert(
+                1,
                 f"{percent(idle / e.connection_seconds)} of the time the connections are held and"
-                " run nothing."
+                " run nothing.",
             )
     is_kept_small = bool(e.why_down) and e.used < e.max_size
     if is_kept_small:
         evidence.append(f"Another connection cannot be opened: {e.why_down}.")
         headline = (
             f"Pool {e.pool} has {e.used} of {e.max_size} connections and gets no more"
-            f" ({e.why_down}): {waiting(e.pending)}."
+            f" ({e.why_down}): {queue(e)}."
         )
-        steps = [
+        steps += [
             f"Give the server room for max_size ({e.max_size}) connections (its max_connections,"
             " the limits of role and database), or lower max_size."
         ]
     else:
-        headline = (
-            f"Pool {e.pool} is too small for what is asked of it: all {e.max_size} connections"
-            f" work, {waiting(e.pending)}."
-        )
-        steps = [
+        headline = f"Pool {e.pool} is too small for what is asked of it: "
+        if idle >= MOST * e.connection_seconds > 0:
+            headline += f"clients keep its {e.max_size} connections, mostly without a query, "
+            if e.settings.mode != "session":
+                steps.append(
+                    f"See what keeps them: {command(e.settings, 'SHOW PINS')}."
+                    if kept > idle / 2
+                    else "Have the applications do other work before or after their transactions."
+                )
+        elif e.max_size == 1:
+            headline += "its only connection is busy, "
+        else:
+            headline += f"all {e.max_size} connections are busy, "
+        headline += f"{queue(e)}."
+        if e.settings.mode == "session":
+            steps.append(
+                "mode is session: in mode transaction, clients that idle need no connection."
+            )
+        steps += [
             f"If the server has CPU to spare, raise max_size (now {e.max_size}) and RELOAD:"
             f" {command(e.settings, 'RELOAD')}.",
             "If it has none, more connections make it slower: have fewer clients at once, or less"
             " work in each transaction.",
         ]
-    if e.settings.mode == "session":
-        steps.append("mode is session: in mode transaction, clients that idle need no connection.")
     steps.append(f"See who holds what: {command(e.settings, 'SHOW HOLDERS')}.")
     culprit = top[0][0] if len(by_application) == 1 else ""
     return Verdict(

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-from sidecar.observe.flight import Arrived, Failed, Flight, Second
+from sidecar.observe.flight import Arrived, Failed, Flight, Gauge, Second
 from sidecar.work import Blocker, Holder, SlowQuery, Statement
 
 SHORTEST: Final = 2.0
@@ -19,8 +19,9 @@ BASELINE: Final = 60.0
 _ENOUGH: Final = 3.0
 """Seconds of baseline without which there is none."""
 
-_LATELY: Final = 5
-"""Seconds in which failures are counted: they end as suddenly as they begin."""
+LATELY: Final = 5
+"""Seconds in which failures are counted: they end as suddenly as they begin. And for which the longest
+wait is remembered: clients that wait about as long as matters are one trouble, not one each second."""
 
 _MOST: Final = 20
 """Shares, failures and arrivals that are told apart."""
@@ -68,6 +69,8 @@ class Settings:
     max_clients: int = 0
     console: str = "psql pgsidecar"
     """The command that a person steers the sidecar with."""
+    has_admin: bool = True
+    """Somebody may steer it."""
     options: Mapping[str, object] = field(default_factory=dict)
     """All of them, as a file has them, without secrets."""
 
@@ -83,6 +86,7 @@ class Evidence:
     idle: int = 0
     connecting: int = 0
     pending: int = 0
+    in_login: int = 0  # of them
     oldest_wait: float = 0.0
     is_up: bool = True
     is_paused: bool = False
@@ -91,6 +95,7 @@ class Evidence:
     waiting_for: float = 0.0  # since when clients wait, without a pause
     quiet_for: float = 0.0  # since one last waited; 0 if one does
     longest_wait: float = 0.0  # of the last seconds
+    flickers: bool = False  # clients have waited, then nobody, then clients again
     most_pending: int = 0
     full: float = 0.0  # share of the last seconds in which no connection was free
     timeouts: int = 0
@@ -147,6 +152,7 @@ def gather(
         idle=gauges.idle,
         connecting=gauges.connecting,
         pending=gauges.pending,
+        in_login=gauges.in_login,
         oldest_wait=gauges.oldest_wait,
         is_up=gauges.is_up,
         is_paused=gauges.is_paused,
@@ -154,12 +160,15 @@ def gather(
         down_for=now - flight.down_since if flight.down_since else 0.0,
         waiting_for=now - flight.waiting_since if flight.waiting_since else 0.0,
         quiet_for=now - flight.last_waiting if flight.last_waiting else now - flight.began,
-        longest_wait=max((tick.oldest_wait for tick in lately), default=0.0),
+        longest_wait=max(
+            (tick.oldest_wait for tick in ticks if tick.at > now - LATELY), default=0.0
+        ),
+        flickers=_flickers(ticks, flight.waiting_since),
         most_pending=max((tick.pending for tick in ticks), default=0),
         full=sum(tick.used + tick.connecting >= gauges.max_size for tick in lately)
         / max(len(lately), 1),
         timeouts=sum(second.timeouts for second in window),
-        lost=sum(second.lost for second in window),
+        lost=flight.losses(now - length - 0.5, now),
         refused=sum(second.refused for second in window),
         transactions=_rate([second.transactions for second in window]),
         transactions_before=_rate([s.transactions for s in before]) if has_before else None,
@@ -170,11 +179,11 @@ def gather(
         arrived_before=_rate([second.arrivals for second in before]) if has_before else None,
         rejected=_rate([second.rejected for second in window]),
         arrived=_arrived(window),
-        failures=_rate([s.failures - s.own_failures for s in window[-_LATELY:]]),
+        failures=_rate([s.failures - s.own_failures for s in window[-LATELY:]]),
         failures_before=_rate([s.failures - s.own_failures for s in before])
         if has_before
         else None,
-        failed=_failed(window[-_LATELY:]),
+        failed=_failed(window[-LATELY:]),
         holders=holders,
         leaks=tuple(sorted(flight.leaks.values(), key=lambda holder: holder.leased_at)),
         blocked=tuple(blocked.items()),
@@ -188,6 +197,21 @@ def gather(
 
 def _rate(counts: list[int]) -> float:
     return sum(counts) / len(counts) if counts else 0.0
+
+
+def _flickers(ticks: list[Gauge], since: float) -> bool:
+    """Whether there is a tick without a waiting client between two with one, newest first."""
+    has_waited = has_paused = False
+    for tick in ticks:
+        if tick.at < since:
+            return False
+        if not tick.pending:
+            has_paused = has_waited
+        elif has_paused:
+            return True
+        else:
+            has_waited = True
+    return False
 
 
 def _shares(window: list[Second]) -> tuple[Share, ...]:

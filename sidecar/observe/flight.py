@@ -187,7 +187,11 @@ class Flight:
 
     def has_lost_some(self, now: float) -> bool:
         """Server connections, within the last seconds."""
-        return self._lost > 0 or any(second.lost for second in self.between(now - 3.0, now))
+        return self.losses(now - 3.0, now) > 0
+
+    def losses(self, since: float, now: float) -> int:
+        """Of server connections, those of the present second included."""
+        return self._lost + sum(second.lost for second in self.between(since, now))
 
     def turned_away(self) -> None:
         self._rejected += 1

@@ -4,6 +4,7 @@ The directory is for our own (mode 0700), its files too (0600). Each is written 
 a file. A disk that is full or read-only costs one warning; incidents stay in memory.
 """
 
+import errno
 import logging
 import os
 import re
@@ -35,9 +36,12 @@ class IncidentFiles:
         self._is_broken = False
 
     def save(self, incidents: Iterable[Incident]) -> None:
-        """Write them, and remove the oldest ones beyond ``keep``. Never raises OSError."""
+        """Write them, and remove the oldest ones beyond ``keep``. Never raises OSError. Without any: see
+        whether they could be written."""
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not os.access(self.directory, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, "it is read-only, or somebody else's")
             for incident in incidents:
                 self._write(incident)
             self._rotate()

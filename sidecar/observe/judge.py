@@ -10,6 +10,7 @@ from typing import Final
 
 from sidecar.events import IncidentKind
 from sidecar.observe.causes import (
+    besides,
     hung,
     is_surely_slow,
     leak,
@@ -20,16 +21,23 @@ from sidecar.observe.causes import (
 from sidecar.observe.evidence import Evidence
 from sidecar.observe.troubles import connection_storm, database_down, error_burst
 from sidecar.observe.verdict import Kind, Verdict, is_contended, is_down
-from sidecar.observe.wording import number, one_line, waiting
+from sidecar.observe.wording import command, number, one_line, waiting
 
 FIGURES: Final = 5
 STEPS: Final = 4
 """Sentences at most: a person who is half awake reads no more."""
 
 
+_NOT_ALONE: Final = (Kind.SLOW_STATEMENT, Kind.POOL_TOO_SMALL, Kind.CONNECTION_STORM)
+"""These are named where no deeper cause has most of the connections; it may have some."""
+
+
 def judge(e: Evidence, about: IncidentKind | None = None) -> Verdict:
     """``about``: what happened, if one thing did; it is looked into first if clients do not wait."""
     found = _judged(e, about)
+    if found.kind in _NOT_ALONE and is_contended(e):
+        first, *rest = found.evidence
+        found = replace(found, evidence=(first, *besides(e), *rest))
     return replace(
         found,
         headline=one_line(found.headline),
@@ -62,10 +70,17 @@ def _judged(e: Evidence, about: IncidentKind | None) -> Verdict:
 
 
 def healthy(e: Evidence) -> Verdict:
+    use = f"{e.used} of {e.max_size} connections in use, {waiting(e.pending)}"
+    if e.is_paused:
+        return Verdict(
+            Kind.HEALTHY,
+            e.pool,
+            f"Pool {e.pool} is paused by an administrator: {use}.",
+            next_steps=(f"To let clients go on: {command(e.settings, f'RESUME {e.pool}')}.",),
+        )
     return Verdict(
         Kind.HEALTHY,
         e.pool,
-        f"Pool {e.pool} is well: {e.used} of {e.max_size} connections in use,"
-        f" {waiting(e.pending)}.",
+        f"Pool {e.pool} is well: {use}.",
         evidence=(f"{number(e.transactions)} transactions per second.",),
     )

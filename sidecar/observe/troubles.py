@@ -3,7 +3,9 @@
 Pure.
 """
 
-from sidecar.observe.evidence import Evidence, name_of
+from typing import Final
+
+from sidecar.observe.evidence import LATELY, Evidence, name_of
 from sidecar.observe.verdict import Kind, Verdict, is_burst, is_storm
 from sidecar.observe.wording import (
     application,
@@ -12,13 +14,18 @@ from sidecar.observe.wording import (
     host_of,
     lasting,
     number,
+    one_line,
     option,
     percent,
+    queue,
     sentence,
     statement,
     waiting,
     waits,
 )
+
+_MESSAGE: Final = 100
+"""Characters of an error's message in a headline."""
 
 
 def database_down(e: Evidence) -> Verdict:
@@ -74,8 +81,7 @@ def connection_storm(e: Evidence) -> Verdict | None:
     return Verdict(
         Kind.CONNECTION_STORM,
         e.pool,
-        f"Pool {e.pool} is swamped: {who} opens {number(rate)} connections per second:"
-        f" {waiting(e.pending)}.",
+        f"Pool {e.pool} is swamped: {who} opens {number(rate)} connections per second: {queue(e)}.",
         culprit,
         None,
         tuple(evidence),
@@ -92,18 +98,19 @@ def error_burst(e: Evidence) -> Verdict | None:
     if not is_burst(e):
         return None
     evidence = [
-        f"{number(e.failures)} errors per second in the last {lasting(e.seconds)}"
+        f"{number(e.failures)} errors per second in the last {LATELY} s"
         + ("" if e.failures_before is None else f" ({number(e.failures_before)} before)")
-        + f", of {number(e.queries)} queries per second."
+        + f"; {number(e.queries)} queries per second have ended."
     ]
     first = e.failed[0] if e.failed else None
     culprit, name, what = "", None, "errors"
     if first is not None:
         culprit, name = first.application, name_of(first.statement)
-        what = f"{first.sqlstate} from the {first.origin}"
+        what = f"SQLSTATE {first.sqlstate} from the {first.origin}"
         of = "" if name is None else f", by {statement(name)}"
         evidence.append(f"{first.times} are {what} to {application(culprit)}{of}.")
         if first.message:
+            what = f"{first.sqlstate} ({one_line(first.message, _MESSAGE)})"
             evidence.append(f"The last one says: {first.message}")
         if len(e.failed) > 1:
             others = sum(each.times for each in e.failed[1:])
@@ -111,7 +118,7 @@ def error_burst(e: Evidence) -> Verdict | None:
     return Verdict(
         Kind.ERROR_BURST,
         e.pool,
-        f"Pool {e.pool}: {number(e.failures)} queries per second fail, above all those of"
+        f"{number(e.failures)} queries per second of pool {e.pool} fail, above all those of"
         f" {application(culprit)} with {what}.",
         culprit,
         name,

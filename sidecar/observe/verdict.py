@@ -88,6 +88,8 @@ def is_contended(e: Evidence) -> bool:
     """Clients wait, longer than they should, and not since a second ago."""
     if e.is_paused or e.quiet_for > CALM or e.waiting_for < WAITING:
         return False
+    if not e.pending and not e.flickers and e.used + e.connecting < e.max_size:
+        return False  # it was one long wait, and it is over
     return e.longest_wait >= WAIT and (e.full >= FULL or e.refused > 0 or e.timeouts > 0)
 
 

@@ -216,6 +216,9 @@ class Watchman:
         verdict = draft.verdict()
         if verdict is None:
             return  # nothing is wrong, so far
+        first = self._noticed_before(trigger, verdict)
+        if first is not None and first.draft is not None:
+            self._decide(first, first.draft, evidence, now)
         trigger.draft = None
         for other in self._triggers.values():
             if other.case is not None and other.case.incident is not None:
@@ -229,6 +232,19 @@ class Watchman:
         )
         if draft.incident is not None:
             self._counts[trigger.kind] += 1
+
+    def _noticed_before(self, trigger: _Trigger, verdict: Verdict) -> _Trigger | None:
+        """The first of those that wait with the same cause: the incident is to be of its kind."""
+        found = None
+        for other in self._triggers.values():
+            known = None if other.draft is None else other.draft.verdict()
+            if known is None or other.noticed >= trigger.noticed:
+                continue
+            if (known.kind, known.application) != (verdict.kind, verdict.application):
+                continue
+            if found is None or other.noticed < found.noticed:
+                found = other
+        return found
 
     def _join(self, trigger: _Trigger, case: _Case) -> None:
         trigger.case = case

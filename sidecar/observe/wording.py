@@ -27,6 +27,11 @@ def lasting(seconds: float) -> str:
     return f"{minutes // 60} h" + (f" {minutes % 60} min" if minutes % 60 else "")
 
 
+def milliseconds(seconds: float) -> str:
+    """Of something that as a rule is short."""
+    return f"{seconds * 1000:.1f} ms" if seconds < 0.1 else lasting(seconds)
+
+
 def option(seconds: float) -> str:
     """The value of a duration's option."""
     return "off" if not seconds else lasting(seconds)
@@ -49,6 +54,14 @@ def waiting(count: int) -> str:
     return "nobody waits" if not count else f"{counted(count, 'client')} wait{'s' * (count == 1)}"
 
 
+def queue(e: Evidence) -> str:
+    """What follows a colon: who waits, or has until a moment ago."""
+    if e.pending or not e.most_pending:
+        return waiting(e.pending)
+    most = counted(e.most_pending, "client")
+    return f"{'up to ' if e.most_pending > 1 else ''}{most} waited until just now"
+
+
 def application(name: str) -> str:
     if name in ("", UNNAMED):
         return "an application without application_name"
@@ -67,7 +80,8 @@ def one_line(text: str, most: int = _SENTENCE) -> str:
 
 def command(settings: Settings, order: str) -> str:
     """To be copied into a shell."""
-    return f"{settings.console} -c '{order}'"
+    told = f"{settings.console} -c '{order}'"
+    return told if settings.has_admin else f"{told} (name an ADMIN in console.admin_users first)"
 
 
 def waits(e: Evidence) -> str:
@@ -76,6 +90,8 @@ def waits(e: Evidence) -> str:
         text += f", the oldest for {lasting(e.oldest_wait)}"
     if e.most_pending > e.pending:
         text += f" (up to {e.most_pending} in the last {lasting(e.seconds)})"
+    if e.in_login:
+        text += f"; {e.in_login} of them in login, where SHOW WAITS does not see them"
     if e.timeouts:
         text += f"; {e.timeouts} waited in vain"
     return text + "."

@@ -95,6 +95,10 @@ class Opener:
         """When the login that waits longest began to; None if none waits."""
         return next(iter(self._logins.values()), None)
 
+    def logins(self) -> list[float]:
+        """Since when each login waits."""
+        return list(self._logins.values())
+
     def grow(self, now: float) -> None:
         """Open what is wanted."""
         if self._share is not None:

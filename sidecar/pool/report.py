@@ -209,9 +209,12 @@ def gauges(
     is_up: bool,
     is_paused: bool = False,
     why_down: str = "",
+    logins: Sequence[float] = (),
 ) -> PoolGauges:
-    """Of one pool, or of all pools of a template together."""
-    firsts = [next(iter(state.waiters)) for state in states if state.waiters]
+    """Of one pool, or of all pools of a template together. ``logins``: since when they wait for a
+    connection, too."""
+    sinces = [next(iter(state.waiters)).waiting_since for state in states if state.waiters]
+    sinces += logins
     used, idle = sum(len(s.active) for s in states), sum(len(s.idle) for s in states)
     return PoolGauges(
         name=name,
@@ -219,12 +222,13 @@ def gauges(
         idle=idle,
         connecting=sum(state.size for state in states) - used - idle,
         max_size=max_size,
-        pending=sum(len(state.waiters) for state in states),
-        oldest_wait=max((now - first.waiting_since for first in firsts), default=0.0),
+        pending=sum(len(state.waiters) for state in states) + len(logins),
+        oldest_wait=max((now - since for since in sinces), default=0.0),
         waited=sum(waited(state, now) for state in states),
         is_up=is_up,
         holders=lambda: [holder(name, server) for state in states for server in state.active],
         waiters=lambda: [waiter.who() for state in states for waiter in state.waiters],
         is_paused=is_paused,
         why_down=why_down,
+        in_login=len(logins),
     )

@@ -197,6 +197,7 @@ class Directory:
                     is_up=is_up,
                     is_paused=name in self.paused,
                     why_down=why_down,
+                    logins=[since for pool in pools for since in pool.opener.logins()],
                 )
             )
         return found
