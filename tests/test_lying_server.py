@@ -8,6 +8,7 @@ not try again without a pause.
 import asyncio
 import gc
 import random
+import socket
 import struct
 import threading
 import time
@@ -460,6 +461,20 @@ def test_liar_in_the_login_is_named_to_the_client_and_not_hurried(postgres, capl
         with sidecar.login() as witness:
             assert witness.value("select 1") == "1"
         check_pauses(liar)
+
+
+def test_login_that_is_late_with_its_server_is_told_of_the_server():
+    """Also where our own loop was held up when the time was over."""
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        dsn = f"postgresql://postgres@127.0.0.1:{nobody.getsockname()[1]}/postgres"
+        listen = {"login_timeout": "500ms"}
+        with Sidecar(pools={"main": {"dsn": dsn}}, listen=listen) as sidecar:
+            client = sidecar.connect()
+            client.send(startup({"user": "app", "database": "main"}))
+            sidecar.call(lambda: asyncio.get_running_loop().call_later(0.3, time.sleep, 0.4))
+            refusal = client.until("E")[-1].fields
+            assert refusal["C"] == "08001", refusal
 
 
 @pytest.mark.parametrize("name", ["ready, and the end", "ready, and a refusal", "ready twice"])

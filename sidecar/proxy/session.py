@@ -15,6 +15,7 @@ from sidecar.config import PoolConfig
 from sidecar.errors import AuthenticationFailed, ClientProtocolError, SidecarError
 from sidecar.events import ClientOutcome, PoolMode, Traffic
 from sidecar.hba import Peer, peer_address
+from sidecar.pool.opening import Opener
 from sidecar.pool.server import clock
 from sidecar.protocol import messages as m
 from sidecar.protocol import startup
@@ -115,6 +116,7 @@ class Session:
         self._user = ""  # as it says; empty before
         self._pool: str | None = None  # as soon as it is known
         self._greeting: Greeting | None = None
+        self._opener: Opener | None = None  # while we wait for it
         self.address = "unknown"
 
     def __repr__(self) -> str:
@@ -173,12 +175,7 @@ class Session:
             async with asyncio.timeout_at(deadline):
                 outcome = await self._log_in(deadline)
         except TimeoutError:
-            self._host.login_timed_out(self._pool)
-            self._refuse(
-                SidecarError(
-                    f"login not complete within {self._host.login_timeout:g} s", sqlstate="57014"
-                )
-            )
+            self._refuse(self._too_late())
         except AuthenticationFailed as exc:
             outcome = ClientOutcome.AUTH_FAILED
             self._refuse(exc)
@@ -193,6 +190,14 @@ class Session:
             self._refuse(SidecarError("internal error of the connection pool"))
         finally:
             self._host.login_ended(self, outcome)
+
+    def _too_late(self) -> SidecarError:
+        """The client's time is over. The loop may have been held up, and the server be late rather."""
+        if self._opener is not None:
+            return self._opener.unavailable()
+        self._host.login_timed_out(self._pool)
+        timeout = f"{self._host.login_timeout:g} s"
+        return SidecarError(f"login not complete within {timeout}", sqlstate="57014")
 
     async def _log_in(self, deadline: float) -> ClientOutcome | None:
         packet = await self._first_packet()
@@ -227,8 +232,9 @@ class Session:
         self._host.admit(user, pool)
         tables = self._host.enter(pool, login, self)
         try:
-            # 0.1 s: its message says more than ours
-            await tables.pool.opener.wait_for_parameters(deadline - 0.1)
+            self._opener = tables.pool.opener
+            await self._opener.wait_for_parameters(deadline - 0.1)  # it can say more than we
+            self._opener = None
             if self._is_closed:
                 raise _Gone
             self._host.check_enabled(pool.name)
