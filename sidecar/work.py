@@ -8,6 +8,9 @@ no bind value. Instants are those of the sidecar's clock (seconds of time.monoto
 from dataclasses import dataclass, field
 from typing import Final, Optional
 
+NO_ANSWER: Final = "no answer in time"
+"""The ``cause`` of a server that takes what it is sent, and says nothing."""
+
 
 @dataclass(frozen=True, slots=True)
 class Trace:

@@ -12,7 +12,7 @@ from sidecar.observe.flight import Arrived, Failed
 from sidecar.observe.judge import FIGURES, STEPS, judge
 from sidecar.observe.verdict import Kind, Verdict
 from sidecar.observe.wording import lasting
-from sidecar.work import Blocker, Holder, SlowQuery, Statement, Who
+from sidecar.work import NO_ANSWER, Blocker, Holder, SlowQuery, Statement, Who
 
 NOW = 1000.0
 SETTINGS = Settings(server="db:5432", console="psql -h 127.0.0.1 -p 6432 -U admin pgsidecar")
@@ -163,6 +163,8 @@ def test_command_that_nobody_may_give_is_told_as_such():
         for step in verdict.next_steps
         if "psql" in step
     )
+    e = full(holders=tuple(left_open(6)), settings=replace(SETTINGS, has_admin=False))
+    assert "SELECT pg_terminate_backend(4001) on the server" in judge(e).next_steps[1]
 
 
 def test_locks_of_a_moment_are_not_commented():
@@ -390,11 +392,24 @@ def test_database_that_lost_connections_is_down_at_once():
 def test_server_that_answers_nothing_is_down():
     """All kinds of statements run, and none ends."""
     shares = (share("web", CART, 40.0, 6.0), share("shop", INVOICE, 40.0, 6.0))
-    e = full(shares=shares, connection_seconds=80.0, transactions=0.0, queries=0.0)
+    e = full(shares=shares, connection_seconds=80.0, silent_for=6.0)
     verdict = judge(e)
     assert verdict.kind is Kind.DATABASE_DOWN
     assert "does not answer" in verdict.headline
-    assert judge(replace(e, transactions=1.0)).kind is not Kind.DATABASE_DOWN
+    assert judge(replace(e, silent_for=4.0)).kind is not Kind.DATABASE_DOWN
+    assert judge(replace(e, slow=(slow(),))).kind is not Kind.DATABASE_DOWN
+
+
+@pytest.mark.parametrize(("cause", "kind"), [
+    (NO_ANSWER, Kind.DATABASE_DOWN),
+    ("the pool has diagnose: false", Kind.SLOW_STATEMENT),
+    ("sorry, too many clients already", Kind.SLOW_STATEMENT),
+])  # fmt: skip
+def test_one_statement_that_does_not_end_is_the_server_only_if_that_says_nothing(cause, kind):
+    """Not if it was not asked at all."""
+    shares = (share("reporting", REPORT, 100.0, 6.0),)
+    asked = replace(slow(), cause=cause)
+    assert judge(full(shares=shares, silent_for=9.0, slow=(asked,))).kind is kind
 
 
 def test_pool_that_the_server_keeps_small():

@@ -26,7 +26,7 @@ from sidecar.observe.wording import (
     waiting,
     waits,
 )
-from sidecar.work import Blocker
+from sidecar.work import NO_ANSWER, Blocker
 
 _MUCH: Final = 0.2
 """Share of the connections in use from which on something is told besides the cause."""
@@ -69,8 +69,7 @@ def lock_chain(e: Evidence) -> Verdict | None:
         if holder.transaction_since:
             age = lasting(max(0.0, e.now - holder.transaction_since))
             evidence.append(f"Its transaction has been open for {age}.")
-        order = f"KILL_CLIENT {holder.who.client}"
-        steps.append(f"End it: {command(e.settings, order)} (rolls its transaction back).")
+        steps.append(f"End it: {_end(e, holder.who.client)} (rolls its transaction back).")
     else:
         where = "not a connection of this pool"
         evidence.append(
@@ -101,6 +100,14 @@ def lock_chain(e: Evidence) -> Verdict | None:
         tuple(evidence),
         tuple(steps),
     )
+
+
+def _end(e: Evidence, client: int) -> str:
+    """How to, also where nobody may at the console: the server's own way needs no preparation."""
+    pid = next((each.backend_pid for each in e.holders if each.who.client == client), 0)
+    if e.settings.has_admin or not pid:
+        return command(e.settings, f"KILL_CLIENT {client}")
+    return f"SELECT pg_terminate_backend({pid}) on the server"
 
 
 def _state_of(root: Blocker) -> str:
@@ -153,8 +160,7 @@ def leak(e: Evidence) -> Verdict | None:
         tuple(evidence),
         (
             f"See who holds what: {command(e.settings, 'SHOW HOLDERS')}.",
-            f"End the oldest: {command(e.settings, f'KILL_CLIENT {client}')} (rolls its transaction"
-            " back).",
+            f"End the oldest: {_end(e, client)} (rolls its transaction back).",
             f"In {application(culprit)}, find the path that runs this statement and neither commits"
             " nor rolls back, or waits for something else in between.",
             "idle_in_transaction_timeout (now"
@@ -247,7 +253,7 @@ def slow_statement(e: Evidence) -> Verdict | None:
         (
             "Find out why it is slow: EXPLAIN (ANALYZE, BUFFERS) of it, its indexes, ANALYZE of its"
             " tables.",
-            f"End the oldest: {command(e.settings, f'KILL_CLIENT {client}')}.",
+            f"End the oldest: {_end(e, client)}.",
             f"query_timeout (now {option(e.settings.query_timeout)}) would end it; a user may have"
             " one of their own.",
         ),
@@ -257,15 +263,17 @@ def slow_statement(e: Evidence) -> Verdict | None:
 def hung(e: Evidence) -> Verdict | None:
     """The server accepts queries and answers none: no statement is to blame."""
     running = sum(share.seconds for share in e.shares if share.state == "running")
-    if e.waiting_for < HUNG or e.transactions or e.queries or running < 0.9 * e.connection_seconds:
+    if min(e.waiting_for, e.silent_for) < HUNG or running < 0.9 * e.connection_seconds:
         return None
-    cannot_ask = next((slow.cause for slow in e.slow if slow.cause), "")
+    cannot_ask = next((slow.cause for slow in e.slow if slow.cause == NO_ANSWER), "")
+    if not cannot_ask and any(not slow.cause for slow in e.slow):
+        return None  # it has told us what a query waits for
     top = _slowest(e)
     if not running or (top is not None and top.seconds > MOST * running and not cannot_ask):
         return None
     evidence = [
         f"{e.used} of {e.max_size} connections run a query; none has ended in"
-        f" {lasting(min(e.waiting_for, e.seconds))}.",
+        f" {lasting(e.silent_for)}.",
         f"{sentence(waiting(e.pending))}.",
     ]
     if cannot_ask:

@@ -104,6 +104,7 @@ class Evidence:
     transactions: float = 0.0
     transactions_before: float | None = None  # None: there is no time before, so for the next two
     queries: float = 0.0
+    silent_for: float = 0.0  # since a query or transaction ended
     connection_seconds: float = 0.0
     shares: tuple[Share, ...] = ()  # most first
     arrivals: tuple[int, ...] = ()  # in each second
@@ -173,6 +174,10 @@ def gather(
         transactions=_rate([second.transactions for second in window]),
         transactions_before=_rate([s.transactions for s in before]) if has_before else None,
         queries=_rate([second.queries for second in window]),
+        silent_for=now
+        - next(
+            (s.at for s in reversed(flight.seconds) if s.transactions or s.queries), flight.began
+        ),
         connection_seconds=sum(second.connection_seconds for second in window),
         shares=_shares(window),
         arrivals=tuple(second.arrivals for second in window),

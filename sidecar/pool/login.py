@@ -33,6 +33,7 @@ from sidecar.protocol.authentication import (
 )
 from sidecar.protocol.startup import NEWEST_MINOR, startup_message
 from sidecar.target import Host, ServerTarget, SessionAttrs, TlsPolicy
+from sidecar.work import NO_ANSWER
 
 _MAX_MESSAGES: Final = 1000  # PostgreSQL 18 sends about 20
 _MAX_PARAMETERS: Final = 200  # PostgreSQL 18 reports 16
@@ -227,7 +228,7 @@ def describe(exc: BaseException) -> str:
     if isinstance(exc, SidecarError):
         return exc.message
     if isinstance(exc, TimeoutError):
-        return "no answer in time"
+        return NO_ANSWER
     if isinstance(exc, ConnectionRefusedError):
         return "connection refused"
     return getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
