@@ -275,6 +275,8 @@ def test_one_of_a_kind_and_pool_within_30_s():
     assert shelf.begin() is None
     assert shelf.begin(pool="direct")
     assert shelf.begin(IncidentKind.LEAK)
+    other = replace(verdict("main"), kind=Kind.LOCK_CHAIN)
+    assert shelf.store.begin(KIND, shelf.now, other, {})  # pool full once more, for another reason
     shelf.now += 1
     assert shelf.begin()
     assert shelf.store.suppressed[KIND] == 1

@@ -131,7 +131,7 @@ async def test_leak_is_told(postgres: EmbeddedPostgres, make_service: MakeServic
             assert (each.kind, each.application) == (Kind.LEAK, "billing-worker")
             assert "AS invoice" in text_of(each) or "as invoice" in text_of(each)
         assert "billing-worker left 4 transactions open" in after.headline
-        assert any("KILL_CLIENT" in step for step in after.next_steps)
+        assert any("pg_terminate_backend(" in step for step in after.next_steps)
         assert not [each for each in it.verdicts if each.kind not in (Kind.HEALTHY, Kind.LEAK)]
         incident = await it.incident(IncidentKind.EXHAUSTED)
         assert incident.verdict.kind is Kind.LEAK

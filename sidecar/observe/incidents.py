@@ -1,6 +1,6 @@
 """Incidents: what went wrong, since when, why, and the recording of it.
 
-Owns how many there are: at most ``keep`` in memory, one of a kind and pool in 30 s, ten in ten minutes.
+Owns how many there are: at most ``keep`` in memory, one of a kind, pool and cause in 30 s, ten in ten minutes.
 Writes one log line when one begins and one when it is over. Which ones begin is ``watchman``'s decision; the
 files are ``incident_files``'.
 """
@@ -15,13 +15,13 @@ from typing import Final
 
 from sidecar.events import IncidentKind
 from sidecar.observe.capture import Json, iso
-from sidecar.observe.verdict import Verdict
+from sidecar.observe.verdict import Kind, Verdict
 
 log = logging.getLogger("pgsidecar.incidents")
 
 KEEP: Final = 50
 APART: Final = 30.0
-"""Seconds between two of one kind in one pool."""
+"""Seconds between two of one kind in one pool, with the same verdict: another one is news."""
 MOST: Final = 10
 WITHIN: Final = 600.0
 """So many, in so many seconds: a person reads no more, and a disk is not filled."""
@@ -77,7 +77,7 @@ class IncidentStore:
         self._clock: Final = clock
         self._unix: Final = unix
         self._incidents: OrderedDict[str, Incident] = OrderedDict()  # oldest first
-        self._last: dict[tuple[IncidentKind, str], float] = {}
+        self._last: dict[tuple[IncidentKind, str, Kind], float] = {}
         self._begun: deque[float] = deque(maxlen=MOST)
 
     def __len__(self) -> int:
@@ -102,7 +102,7 @@ class IncidentStore:
     ) -> Incident | None:
         """None if there are too many already."""
         now, pool = self._clock(), verdict.pool
-        last = self._last.get((kind, pool))
+        last = self._last.get((kind, pool, verdict.kind))
         is_soon = last is not None and now - last < APART
         is_much = len(self._begun) == MOST and now - self._begun[0] < WITHIN
         if is_soon or is_much:
@@ -112,7 +112,7 @@ class IncidentStore:
                 extra={"pool": pool, "kind": kind.value, "headline": verdict.headline},
             )
             return None
-        self._last[kind, pool] = now
+        self._last[kind, pool, verdict.kind] = now
         self._begun.append(now)
         at = self.unix(began)
         incident = Incident(self._free_id(at, pool, kind), kind, pool, at, None, verdict)
