@@ -282,6 +282,17 @@ def test_one_of_a_kind_and_pool_within_30_s():
     assert shelf.store.suppressed[KIND] == 1
 
 
+def test_clock_that_is_set_meanwhile_changes_no_duration():
+    date = [YEAR_2027]
+    store = IncidentStore(9, lambda: 1000.0, None, lambda: date[0])
+    for jump in (-3600.0, 3600.0):
+        begun = store.begin(KIND, 1000.0, verdict(f"main{jump}"), {})
+        assert begun is not None
+        date[0] += jump
+        store.end(begun, 1012.5)
+        assert store.all()[0].summary()["duration_seconds"] == 12.5
+
+
 def test_ten_within_ten_minutes():
     shelf = Shelf()
     for _ in range(MOST):

@@ -105,6 +105,19 @@ def test_a_frame_tells_who_waits_who_holds_and_what_ran(sidecar, width):
     web.until_ready()
 
 
+@pytest.mark.parametrize("width", [40, 60, 80, 160])
+def test_a_server_that_is_down_is_seen_on_any_terminal(width):
+    board = Board("")
+    board.take(
+        Look(1.0, pools=[Entry({"name": "main", "is_up": False, "used": 3, "max_size": 25})])
+    )
+    head, pool = plain(board, width)[1:3]
+    assert pool.startswith("main")
+    assert pool.endswith("DOWN")
+    assert "used" in head
+    assert "3/25" in pool
+
+
 def test_a_verdict_is_readable_on_80_columns():
     """In the overview the headline on two lines and a figure; alone, all of it."""
     verdict = {

@@ -18,6 +18,8 @@ from sidecar.units import age
 
 WIDE: Final = 140
 """Columns from which a list shows more of them."""
+_LEAST: Final = 6
+"""Characters of a list's last column, at least."""
 PLAIN_ROWS: Final = 10
 """Of each list, where there is no height to fill."""
 
@@ -139,6 +141,13 @@ def _fitting(columns: Iterable[Column], width: int) -> _Fitting:
     """Each column with its width here, the last one with what is left; 0: it is left out."""
     widths = [(each, each.wide if width >= WIDE else each.narrow) for each in columns]
     taken = sum(cells + _gap(width) for _, cells in widths if cells not in (0, REST))
+    # the last column says whether a server is down: others make room, the bar first, then from the right
+    spare = [i for i, (each, cells) in enumerate(widths) if i and cells > 0]
+    spare.sort(key=lambda i: (bool(widths[i][0].title), -i))
+    while spare and width - taken < _LEAST:
+        each, cells = widths[spare[0]]
+        taken -= cells + _gap(width)
+        widths[spare.pop(0)] = (each, 0)
     return [(each, max(0, width - taken) if cells == REST else cells) for each, cells in widths]
 
 

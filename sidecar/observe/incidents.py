@@ -40,6 +40,7 @@ class Incident:
     also: tuple[IncidentKind, ...] = ()
     """What else it brought about."""
     recording: Mapping[str, object] = field(default_factory=dict, repr=False)
+    began: float = 0.0  # by the sidecar's clock, which nobody sets
 
     def summary(self) -> Json:
         """Without the recording."""
@@ -116,7 +117,7 @@ class IncidentStore:
         self._begun.append(now)
         at = self.unix(began)
         incident = Incident(self._free_id(at, pool, kind), kind, pool, at, None, verdict)
-        incident = replace(incident, recording=recording)
+        incident = replace(incident, recording=recording, began=began)
         self._keep(incident)
         log.warning(
             "incident",
@@ -143,9 +144,9 @@ class IncidentStore:
             self._keep(incident)
 
     def end(self, incident: Incident, ended: float) -> None:
-        done = replace(incident, ended_at=max(self.unix(ended), incident.began_at))
+        lasted = max(0.0, ended - incident.began)  # whatever became of the date in between
+        done = replace(incident, ended_at=incident.began_at + lasted)
         self.update(done)
-        assert done.ended_at is not None
         log.warning(
             "incident over",
             extra={
@@ -154,7 +155,7 @@ class IncidentStore:
                 "verdict": done.verdict.kind.value,
                 "headline": done.verdict.headline,
                 "incident": done.id,
-                "lasted": round(done.ended_at - done.began_at, 3),
+                "lasted": round(lasted, 3),
             },
         )
 
