@@ -10,6 +10,7 @@ between two turns; whatever holds the loop, or Python's global lock, or the core
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -71,6 +72,8 @@ async def _run(options: argparse.Namespace) -> None:
     logs.set_up(config.log.level, config.log.format)
     service = Service(config, NullRecorder() if options.silent else None)
     await service.start()
+    gc.collect()  # as ``pgsidecar run`` does
+    gc.freeze()
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
