@@ -723,7 +723,7 @@ def test_connection_that_is_not_reset_is_nobody_elses(postgres, caplog, name):
     ):
         with login(sidecar) as client:
             assert client.rows("select 1") == [["true"]]
-        before = len(liar.logins)
+            before = len(liar.logins)  # while the lease lasts: it may be replaced right after
         if name == "notices for ever":  # nor does it go when told to
             pool = pool_of(sidecar)
             sidecar.until(lambda: pool.state.by_state[ConnectionState.CLOSING], "it has to go")

@@ -380,7 +380,11 @@ class Sidecar:
 
     def until(self, condition: Callable[[], object], what: str) -> None:
         """Wait for what the sidecar does in its own time."""
-        eventually(lambda: self.call(condition), f"{what}; {self.service.pools}")
+        try:
+            eventually(lambda: self.call(condition), what)
+        except AssertionError as exc:
+            exc.add_note(f"now: {self.service.pools}")
+            raise
 
     def until_whole(self, *, clients: int | None = 0) -> None:
         """Nobody uses or wants a connection, no books are open, no task is left of any client; so

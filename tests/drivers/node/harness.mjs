@@ -38,6 +38,18 @@ export async function until(look, what) {
   }
 }
 
+// What the client is answered after one of its queries was cancelled. PostgreSQL before 17 signals
+// twice for one request, to the backend and to its process group, and the second signal may hit the
+// next query of the same client, which is asked again. Not where the pool chooses the connection.
+export async function afterCancel(backends, ask) {
+  try {
+    return await ask()
+  } catch (error) {
+    if (backends !== 1 || error.code !== '57014') throw error
+    return ask()
+  }
+}
+
 function shown(key, value) {
   if (typeof value === 'bigint') return String(value)
   if (typeof value === 'number' && !Number.isFinite(value)) return String(value)

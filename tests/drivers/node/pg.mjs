@@ -6,7 +6,7 @@ import { Readable, Writable } from 'node:stream'
 import pg from 'pg'
 import Cursor from 'pg-cursor'
 import { from as copyFrom, to as copyTo } from 'pg-copy-streams'
-import { place, refused, run, turns, until } from './harness.mjs'
+import { afterCancel, place, refused, run, turns, until } from './harness.mjs'
 
 async function connect(at, options = {}) {
   const client = new pg.Client({ connectionString: at.url, ...options })
@@ -206,7 +206,7 @@ function settings(at) {
   }, 2)
 }
 
-async function cancels(at) {
+async function cancels(at, backends) {
   const client = await connect(at)
   const query = new pg.Query('SELECT pg_sleep(32)')
   const ended = new Promise((done) => {
@@ -220,9 +220,9 @@ async function cancels(at) {
     new pg.Client({ connectionString: at.url }).cancel(client, query)
   })
   const { code, message } = await ended
-  const seen = [code, message, rows(await client.query('SELECT $1::int', [1]))]
+  const after = await afterCancel(backends, () => client.query('SELECT $1::int', [1]))
   await client.end()
-  return seen
+  return [code, message, rows(after)]
 }
 
 async function reconnects(at) {

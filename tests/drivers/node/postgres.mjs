@@ -4,7 +4,7 @@ import assert from 'node:assert/strict'
 import { pipeline } from 'node:stream/promises'
 import { Readable } from 'node:stream'
 import postgres from 'postgres'
-import { place, refused, run, turns, until } from './harness.mjs'
+import { afterCancel, place, refused, run, turns, until } from './harness.mjs'
 
 async function connected(at, work, options = {}) {
   const sql = postgres(at.url, { max: 1, onnotice: () => {}, ...options })
@@ -163,7 +163,7 @@ function settings(at) {
   })
 }
 
-function cancels(at) {
+function cancels(at, backends) {
   return connected(at, async (sql) => {
     const query = sql`SELECT pg_sleep(33)`
     const ended = refused(query)
@@ -173,7 +173,7 @@ function cancels(at) {
       query.cancel()
     })
     const { code, message } = await ended
-    return [code, message, plain(await sql`SELECT ${1}::int`)]
+    return [code, message, plain(await afterCancel(backends, () => sql`SELECT ${1}::int`))]
   })
 }
 
