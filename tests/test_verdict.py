@@ -184,6 +184,14 @@ def test_many_with_short_work_make_the_pool_too_small():
     assert any("web 40 %" in sentence for sentence in verdict.evidence)
 
 
+def test_too_small_pool_names_an_application_that_is_alone_only():
+    """Who has just come has held nothing yet, and waits as well."""
+    alone = (share("web", CART, 100.0),)
+    assert judge(full(shares=alone)).application == "web"
+    shop = (Arrived("shop", "app", "10.0.0.8", 5),)
+    assert judge(full(shares=alone, arrived=shop)).application == ""
+
+
 def test_connections_that_are_kept_are_not_called_busy():
     """By clients of session mode, pins, or transactions with pauses below a second."""
     shares = (share("web", CART, 80.0, 60.0, "idle"), share("api", REPORT, 20.0))

@@ -381,7 +381,9 @@ def pool_too_small(e: Evidence) -> Verdict:
             " work in each transaction.",
         ]
     steps.append(f"See who holds what: {command(e.settings, 'SHOW HOLDERS')}.")
-    culprit = top[0][0] if len(by_application) == 1 else ""
+    # who has just come may wait for its first connection yet
+    involved = {*by_application, *(each.application for each in e.arrived)}
+    culprit = top[0][0] if len(by_application) == len(involved) == 1 else ""
     return Verdict(
         Kind.POOL_TOO_SMALL, e.pool, headline, culprit, None, tuple(evidence), tuple(steps)
     )
