@@ -1,11 +1,14 @@
 """Blame: all waiting is charged, to those who hold the connections."""
 
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from psycopg import AsyncConnection
 
+from sidecar.demo.postgres import EmbeddedPostgres
 from sidecar.events import AcquireOutcome, Operation
 from sidecar.observe.blame import (
     APPLICATIONS,
@@ -20,6 +23,7 @@ from sidecar.observe.blame import (
 from sidecar.observe.recorder import PoolRecorder
 from sidecar.observe.statements import StatementTable
 from sidecar.work import Blocker, Holder
+from tests.sidecar_process import MakeService
 from tests.work import blocker, gauges, holder, statement
 
 
@@ -184,3 +188,44 @@ def test_all_waiting_is_charged(waits: list[Wait], ticks: list[tuple[float, int,
     assert sum(before.values()) == pytest.approx(total)
     by_statement = sum(each.blamed for each in statements)
     assert by_statement + pool.blame.without_statement == pytest.approx(total)
+
+
+def test_held_counts_the_leases_by_application() -> None:
+    """Of this instant, not of the last tick; who has held something has a 0."""
+    blame = Blame()
+    assert sum(blame.held().values()) == 0
+    holders = [holder(1), holder(2), holder(3, "batch"), holder(4, user=""), holder(5, "other")]
+    charge(blame, 0.0, holders)
+    ours = {POOL: 1, UNNAMED: 0, OTHER: 0}
+    assert blame.held() == {"web": 2, "batch": 1, '"other"': 1} | ours
+    charge(blame, 0.0, [holder(1, "")])
+    ours = {POOL: 0, UNNAMED: 1, OTHER: 0}
+    assert blame.held() == {"web": 0, "batch": 0, '"other"': 0} | ours
+
+
+@given(st.lists(st.lists(st.integers(0, 40), max_size=30), max_size=10))
+def test_held_adds_up_however_many_applications_there_are(ticks: list[list[int]]) -> None:
+    blame = Blame(applications=3)
+    for number, applications in enumerate(ticks):
+        holders = [holder(n, f"app-{each}") for n, each in enumerate(applications)]
+        charge(blame, 0.0, holders, now=number * FORGOTTEN / 2)
+        held = blame.held()
+        assert sum(held.values()) == len(holders)
+        assert len(held) <= 3 + 3
+
+
+async def test_held_is_what_is_used(postgres: EmbeddedPostgres, make_service: MakeService) -> None:
+    """By real clients, on the page."""
+    sidecar = await make_service(postgres.dsn(), max_size=4)
+    async with AsyncExitStack() as stack:
+        for application in ("web", "web", "billing", ""):
+            conn = await AsyncConnection.connect(sidecar.dsn(application_name=application))
+            await stack.enter_async_context(conn)
+            await conn.execute("SELECT 1")
+        page = await sidecar.until(
+            lambda now: now.total("pgsidecar_pool_connections_held") == now.used  # after a tick
+        )
+        held = page.above_zero("pgsidecar_pool_connections_held", "application")
+        assert held == {("web",): 2, ("billing",): 1, (UNNAMED,): 1}
+        assert sum(held.values()) == page.used
+        assert page.value("pgsidecar_verdict", pool="main", kind="healthy") == 1

@@ -96,6 +96,24 @@ def test_pool_that_is_full_is_an_incident_once_someone_has_waited(life: Life):
     assert len(life.store) == 1  # while it lasts
 
 
+def test_verdict_of_what_lasts_is_told_until_it_is_over(life: Life):
+    """That of an incident that is not recorded, since there was one of late, too."""
+
+    def told() -> list[Kind]:
+        return [kind for kind, is_told in life.pool.why.verdicts().items() if is_told]
+
+    assert told() == [Kind.HEALTHY]
+    for _ in range(2):
+        life.leave_open(4)
+        life.wait(3)
+        life.live(6)
+        assert told() == [Kind.LEAK]
+        life.waiting, life.holders = [], []
+        life.live(6)
+        assert told() == [Kind.HEALTHY]
+    assert (len(life.store), life.store.suppressed[KIND]) == (1, 1)
+
+
 def test_incident_is_over_some_time_after_its_cause(life: Life):
     life.leave_open(4)
     life.wait(3)

@@ -73,6 +73,8 @@ proxy_overhead_seconds                      histogram
 leaked_connections                          gauge
 leaks_total                                 counter
 blamed_wait_seconds_total                   counter    application
+pool_connections_held                       gauge      application
+verdict                                     gauge      kind
 incidents_total                             counter    kind
 statement_calls_total                       counter    fingerprint
 statement_seconds_total                     counter    fingerprint

@@ -42,6 +42,7 @@ FAMILIES = {
     "pings_total": "counter",
     "ping_duration_seconds": "histogram",
     "ping_last_success_timestamp_seconds": "gauge",
+    "pool_connections_held": "gauge",
     "pool_info": "gauge",
     # Work
     "query_duration_seconds": "histogram",
@@ -61,6 +62,7 @@ FAMILIES = {
     "pins_total": "counter",
     "prepared_statements": "gauge",
     "prepared_parses_total": "counter",
+    "verdict": "gauge",
     "incidents_total": "counter",
     "leaked_connections": "gauge",
     "leaks_total": "counter",

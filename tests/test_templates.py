@@ -372,7 +372,7 @@ def _of_pools(metrics: Metrics) -> list[str]:
     return [line for line in lines if 'pool="' in line and not line.startswith(_BOUNDED)]
 
 
-_BOUNDED = ("pgsidecar_statement_", "pgsidecar_blamed_wait_")
+_BOUNDED = ("pgsidecar_statement_", "pgsidecar_blamed_wait_", "pgsidecar_pool_connections_held")
 
 
 # -- refusals --------------------------------------------------------------------------------------

@@ -71,10 +71,22 @@ class Blame:
         self._seconds: dict[str, float] = dict.fromkeys(_RESERVED, 0.0)
         self._seen: dict[str, float] = {}  # applications with a series, longest not seen first
         self._next_look = 0.0
+        self._gauges: PoolGauges | None = None  # of the last tick, which was
+        self._now = 0.0
 
     def by_application(self) -> dict[str, float]:
         """Seconds charged, of those that have a series."""
         return self._seconds.copy()
+
+    def held(self) -> dict[str, int]:
+        """Leases at this instant, by application; 0 for those that have a series and hold nothing."""
+        holders = [] if self._gauges is None else self._gauges.holders()
+        names = [self._see(_application_of(holder), self._now) for holder in holders]
+        counts = dict.fromkeys(self._seconds, 0)
+        del counts[NOBODY]
+        for name in names:
+            counts[name if name in counts else OTHER] += 1  # a later one may have had its room
+        return counts
 
     def watch(
         self,
@@ -85,6 +97,7 @@ class Blame:
     ) -> None:
         """Charge what has been waited since the last call. ``ended``: seconds of all waits that are
         over; ``blocked``: what the leases wait for that wait for a lock, by the id of their connection."""
+        self._gauges, self._now = gauges, now
         waited = ended + gauges.waited
         part = waited - self.waited
         if part > 0.0:

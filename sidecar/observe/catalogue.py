@@ -46,6 +46,7 @@ from sidecar.observe.histogram import (
 )
 from sidecar.observe.keys import CLIENT_KEYS, CONNECTION_ERROR_KEYS, ERROR_KEYS
 from sidecar.observe.sketch import QUANTILES, WINDOWS
+from sidecar.observe.verdict import Kind as Verdict
 
 
 def catalogue(pools: Iterable[str], revision: str) -> Iterable[Family[Scrape]]:
@@ -113,6 +114,12 @@ def _pool_families(pools: PerPool) -> Iterable[ScrapeFamily]:
         "Time from getting a connection to giving it back.",
         USE_BUCKETS,
         lambda pool: [pool.uses],
+    )
+    yield pools.of_applications(
+        "pool_connections_held",
+        "gauge",
+        "Server connections leased now, by the application of the client.",
+        lambda pool: pool.blame.held(),
     )
     yield Family(
         PREFIX + "pool_info", "gauge", "Configuration of the pool; always 1.", _pool_info_lines
@@ -312,11 +319,17 @@ def _reason_families(pools: PerPool) -> Iterable[ScrapeFamily]:
         "Leases that became leaks.",
         lambda pool: [pool.recorder.leaks_began],
     )
-    yield Family(
-        PREFIX + "blamed_wait_seconds_total",
+    yield pools.of_applications(
+        "blamed_wait_seconds_total",
         "counter",
         "Time that clients waited for a connection, charged to those who held the connections meanwhile.",
-        _blame_lines,
+        lambda pool: pool.blame.by_application(),
+    )
+    yield pools.metric(
+        "verdict",
+        "1 for what is wrong by the incidents that last now, healthy if none does.",
+        lambda pool: map(int, pool.recorder.why.verdicts().values()),
+        each(kind=Verdict),
     )
     yield pools.metric(
         "incidents_total",
@@ -444,14 +457,6 @@ def _pool_info_lines(scrape: Scrape) -> Iterable[str]:
             "mode": snapshot.mode,
         }
         yield prefix(PREFIX + "pool_info", labels) + "1"
-
-
-def _blame_lines(scrape: Scrape) -> Iterable[str]:
-    name = PREFIX + "blamed_wait_seconds_total"
-    for pool in scrape.pools:
-        for application, seconds in pool.recorder.blame.by_application().items():
-            labels = {"pool": pool.recorder.name, "application": application}
-            yield prefix(name, labels) + repr(seconds)
 
 
 def _network_bytes(scrape: Scrape) -> Iterable[int]:

@@ -162,5 +162,19 @@ class PerPool:
 
         return Family(name, kind, help, lines)
 
+    def of_applications(
+        self, name: str, kind: Kind, help: str, read: Callable[[PoolRecorder], Mapping[str, float]]
+    ) -> ScrapeFamily:
+        """A family with a line for each application that has series."""
+        name = PREFIX + name
+
+        def lines(scrape: Scrape) -> Iterable[str]:
+            for pool in scrape.pools:
+                for application, value in read(pool.recorder).items():
+                    labels = {"pool": pool.recorder.name, "application": application}
+                    yield prefix(name, labels) + repr(value)
+
+        return Family(name, kind, help, lines)
+
     def labels(self, labels: Iterable[Labels]) -> list[Labels]:
         return [{"pool": name, **one} for name, one in product(self._names, labels)]

@@ -132,6 +132,15 @@ class Watchman:
             if not trigger.is_idle:
                 self._follow(trigger, now)
 
+    def verdicts(self) -> set[Kind]:
+        """What is wrong by the incidents that last now, those included that are too many to be recorded."""
+        found = set()
+        for trigger in self._triggers.values():
+            verdict = None if trigger.case is None else trigger.case.verdict()
+            if verdict is not None:
+                found.add(verdict.kind)
+        return found
+
     def close(self, now: float) -> None:
         """The sidecar stops: what lasts until now has ended for us."""
         for trigger in self._triggers.values():

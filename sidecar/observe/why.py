@@ -13,7 +13,7 @@ from sidecar.observe.failures import FailureEntry
 from sidecar.observe.flight import Flight
 from sidecar.observe.incidents import IncidentStore
 from sidecar.observe.judge import judge
-from sidecar.observe.verdict import Verdict
+from sidecar.observe.verdict import Kind, Verdict
 from sidecar.observe.watchman import Watchman
 from sidecar.work import Blocker, Holder, Statement
 
@@ -54,6 +54,12 @@ class Why:
     def close(self, now: float) -> None:
         """Nobody watches any more."""
         self._watchman.close(now)
+
+    def verdicts(self) -> dict[Kind, bool]:
+        """Whether an incident with this verdict lasts now; healthy if none does. Costs nothing, unlike
+        ``verdict``."""
+        found = self._watchman.verdicts() or {Kind.HEALTHY}
+        return {kind: kind in found for kind in Kind}
 
     def evidence(self, now: float, since: float = 0.0) -> Evidence:
         """The figures of the last seconds; the window begins no later than ``since``."""
