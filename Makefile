@@ -29,6 +29,10 @@ run: install-demo ## The demo: PostgreSQL, the sidecar, a load, a live view. SEC
 	  $(if $(SECONDS),--seconds $(SECONDS)) $(if $(PORT),--port $(PORT)) \
 	  $(if $(HTTP_PORT),--http-port $(HTTP_PORT))
 
+.PHONY: observe
+observe: install-demo observe-packages ## Watch a page arrive: the demo with Prometheus and Alertmanager. SECONDS=60
+	@exec $(PY) -m deploy.observe $(if $(SECONDS),--seconds $(SECONDS)) $(ARGS)
+
 .PHONY: test
 test: lint debian-packages node-packages ## Style, types, then all tests. JOBS=4 TESTS=tests/test_config.py
 	@echo 'tests ...'
@@ -68,7 +72,7 @@ compiled: install-dev ## A copy in build/compiled with the hot modules compiled;
 	    PGSIDECAR_COMPILE=1 "$$python" setup.py -q build_ext --inplace) || exit; \
 	  touch build/compiled/.done; \
 	fi
-	@cp -R bench tests docs alerts dashboards config.yaml Dockerfile .dockerignore CHANGELOG.md \
+	@cp -R bench tests docs alerts dashboards deploy config.yaml Dockerfile .dockerignore CHANGELOG.md \
 	  Makefile build/compiled 2>/dev/null || true
 
 .PHONY: clean
@@ -108,11 +112,16 @@ venv:
 	rm -rf $(VENV) && "$(PYTHON)" -m venv $(VENV) && pwd > $(VENV)/.folder
 
 # Programs that tests run beside the sidecar, by the Debian package that has them.
-.PHONY: debian-packages
-debian-packages:
+.PHONY: observe-packages
+observe-packages:
 	@if ! command -v promtool >/dev/null || ! command -v prometheus >/dev/null; then \
 	  $(MAKE) debian-package-prometheus || exit; fi; \
-	if ! command -v pgbouncer >/dev/null; then $(MAKE) debian-package-pgbouncer || exit; fi; \
+	if ! command -v prometheus-alertmanager >/dev/null || ! command -v amtool >/dev/null; then \
+	  $(MAKE) debian-package-prometheus-alertmanager || exit; fi
+
+.PHONY: debian-packages
+debian-packages: observe-packages
+	@if ! command -v pgbouncer >/dev/null; then $(MAKE) debian-package-pgbouncer || exit; fi; \
 	if ! command -v prometheus-pgbouncer-exporter >/dev/null; then \
 	  $(MAKE) debian-package-prometheus-pgbouncer-exporter || exit; fi; \
 	if ! ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1; then \

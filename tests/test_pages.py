@@ -248,8 +248,8 @@ TROUBLES = [
         slow_query,
         "PgSidecarSlowQueries",
         "chat",
-        r"[1-9] queries of pool main on 127\.0\.0\.1:\d+ have reached 5s in the last 5 minutes; the oldest"
-        r" that runs now has run for [\d.]+m?s\. (The slowest statement of late: .* \([0-9a-f]{16}\)\. )?"
+        r"Queries of pool main on 127\.0\.0\.1:\d+ that have reached 5s in the last 5 minutes: [1-9]\. The oldest"
+        r" that runs now has run for [\d.]+m?s\. (The slowest statement that has ended: .* \([0-9a-f]{16}\)\. )?"
         r"First step: SHOW SLOW at the console of 127\.0\.0\.1:\d+ says what they waited for\.",
     ),
     Trouble(
@@ -257,7 +257,7 @@ TROUBLES = [
         "PgSidecarQueryLatencyP99High",
         "pager",
         r"The P99 of the queries of pool main on 127\.0\.0\.1:\d+ is 5\.\d+s over 5 minutes; \d of 25"
-        r" connections are in use, 0 clients wait\. The slowest statement of late: SELECT pg_sleep\(\$1\)"
+        r" connections are in use, 0 clients wait\. The slowest statement: SELECT pg_sleep\(\$1\)"
         rf" \([0-9a-f]{{16}}\)\. {FIRST_STEP}",
         muted=("PgSidecarSlowQueries",),
         also=frozenset({"PgSidecarSlowQueries"}),  # the first one crossed the threshold before

@@ -11,7 +11,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -36,12 +36,17 @@ def program(name: str, package: str) -> str:
     return path
 
 
-def free_port() -> int:
+def free_port(preferred: int = 0) -> int:
     """One that nothing listens on: neither of the two can tell which port the kernel chose for it."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-    return port
+    for wanted in (preferred, 0):
+        with socket.socket() as probe:
+            try:
+                probe.bind((HOST, wanted))
+            except OSError:
+                continue
+            port: int = probe.getsockname()[1]
+            return port
+    raise CannotObserve("the kernel has no free port")
 
 
 class Server:
@@ -100,15 +105,14 @@ def prometheus(
     rules: str = "",
     alertmanager: str = "",
     every: str = "1s",
-    more: Mapping[str, Sequence[str]] | None = None,
+    port: int = 0,
 ) -> Iterator[Prometheus]:
     """Scrapes ``targets`` (host:port) as job pgsidecar. ``rules`` is the text of a rule file,
-    ``alertmanager`` the URL of one, ``more`` has targets by the name of further jobs."""
+    ``alertmanager`` the URL of one, ``port`` the one to have if it is free."""
     config: dict[str, Any] = {
         "global": {"scrape_interval": every, "scrape_timeout": every, "evaluation_interval": every},
         "scrape_configs": [
-            {"job_name": job, "static_configs": [{"targets": list(of)}]}
-            for job, of in {"pgsidecar": targets, **(more or {})}.items()
+            {"job_name": "pgsidecar", "static_configs": [{"targets": list(targets)}]}
         ],
     }
     if rules:
@@ -121,12 +125,12 @@ def prometheus(
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     arguments = [f"--config.file={path}", f"--storage.tsdb.path={folder / 'prometheus'}"]
     name = program("prometheus", "prometheus")
-    with _running(folder, name, "--web.listen-address={}", *arguments, *options) as (url, log):
+    with _running(folder, name, port, *arguments, *options) as (url, log):
         yield Prometheus(url, log)
 
 
 @contextmanager
-def alertmanager(folder: Path, config: str) -> Iterator[Server]:
+def alertmanager(folder: Path, config: str, port: int = 0) -> Iterator[Server]:
     """``config`` is the text of its configuration. It is alone: no gossip, no port for it."""
     path = folder / "alertmanager.yml"
     path.write_text(config)
@@ -138,18 +142,18 @@ def alertmanager(folder: Path, config: str) -> Iterator[Server]:
         f"--storage.path={folder / 'alertmanager'}",
         "--cluster.listen-address=",
     ]
-    with _running(folder, name, "--web.listen-address={}", *arguments) as (url, log):
+    with _running(folder, name, port, *arguments) as (url, log):
         yield Server(url, log)
 
 
 @contextmanager
-def _running(folder: Path, name: str, listen: str, *arguments: str) -> Iterator[tuple[str, Path]]:
-    """Its URL once it is ready, and its log. ``listen`` is the option for its address."""
-    address = f"{HOST}:{free_port()}"
+def _running(folder: Path, name: str, port: int, *arguments: str) -> Iterator[tuple[str, Path]]:
+    """Its URL once it is ready, and its log."""
+    address = f"{HOST}:{free_port(port)}"
     log = folder / f"{Path(name).name}.log"
     with log.open("wb") as said:
         process = subprocess.Popen(
-            [name, listen.format(address), *arguments],
+            [name, f"--web.listen-address={address}", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=said,
             stderr=said,

@@ -68,6 +68,7 @@ class Workload:
     dsn: str
     began: float
     rate: float
+    is_calm: bool = False  # without the nightly burst
 
     async def connect(self, application: str) -> Connection:
         return await AsyncConnection.connect(
@@ -203,7 +204,8 @@ class Workload:
             for application, count, work in clients:
                 for _ in range(count):
                     tasks.create_task(self.keep(application, work))
-            tasks.create_task(self.nightly_burst())
+            if not self.is_calm:
+                tasks.create_task(self.nightly_burst())
             tasks.create_task(self.forgetful())
 
 
@@ -234,10 +236,10 @@ def _watch_parent(parent: int, stop: Callable[[], object]) -> None:
     asyncio.get_running_loop().call_later(0.5, _watch_parent, parent, stop)
 
 
-async def run(dsn: str, rate: float) -> None:
+async def run(dsn: str, rate: float, is_calm: bool = False) -> None:
     """All applications, until SIGTERM or SIGINT."""
     loop = asyncio.get_running_loop()
-    work = asyncio.create_task(Workload(dsn, loop.time(), rate).run())
+    work = asyncio.create_task(Workload(dsn, loop.time(), rate, is_calm).run())
 
     def stop() -> None:
         loop.call_later(_STOP_TIMEOUT, os._exit, 0)  # a server that hangs must not hold us up
@@ -263,10 +265,13 @@ def main() -> None:
     parser.add_argument(
         "--rate", type=_factor, default=1.0, help="factor on the requests per second"
     )
+    parser.add_argument(
+        "--calm", action="store_true", help="without the burst that exhausts the pool"
+    )
     options = parser.parse_args()
     logging.basicConfig(format="%(asctime)s %(message)s")
     create_schema(options.schema_dsn or options.dsn)
-    asyncio.run(run(options.dsn, options.rate))
+    asyncio.run(run(options.dsn, options.rate, options.calm))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Kubernetes manifests, some of them generated: see ``build``."""
