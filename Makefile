@@ -49,6 +49,10 @@ lint: install-dev ## Style (ruff) and types (mypy) only
 format: install-dev ## Format the code, and repair what ruff can repair
 	@$(PY) -m ruff check --quiet --fix . ; $(PY) -m ruff format .
 
+.PHONY: dashboards
+dashboards: install-dev ## Write dashboards/*.json, and the copies for Kubernetes, anew
+	@$(PY) -m dashboards.build && $(PY) -m deploy.kubernetes.build
+
 .PHONY: bench
 bench: compiled ## What it costs, next to PgBouncer; a quarter of an hour. ARGS=--quick
 	@command -v pgbouncer >/dev/null || $(MAKE) debian-package-pgbouncer
@@ -78,7 +82,7 @@ compiled: install-dev ## A copy in build/compiled with the hot modules compiled;
 .PHONY: clean
 clean: ## Remove .venv, caches and builds
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	rm -rf $(NODE)/node_modules
+	rm -rf tests/*/node_modules tests/*/*/node_modules dashboards/*/node_modules
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # -- what the targets above need -------------------------------------------------------------------
@@ -143,13 +147,18 @@ debian-postgresql: debian-package-postgresql-common
 	$(MAKE) debian-package-postgresql; status=$$?; \
 	$$sudo rm -f $$folder/pgsidecar.conf; exit $$status
 
-# The drivers of Node.js, as the lock file has them, beside the programs that use them.
-NODE := tests/drivers/node
+# Packages of Node.js, as each lock file has them: the drivers beside the programs that use them, Grafana's
+# types of dashboards beside the check.
+NODE := tests/drivers/node tests/grafana
 .PHONY: node-packages
 node-packages: debian-packages
-	@if [ $(NODE)/node_modules/.done -nt $(NODE)/package-lock.json ]; then exit 0; fi; \
-	echo 'installing the drivers of Node.js into $(NODE)/node_modules ...'; \
-	(cd $(NODE) && npm ci --silent --no-audit --no-fund) && touch $(NODE)/node_modules/.done
+	@for folder in $(NODE); do $(MAKE) node-packages-in FOLDER=$$folder || exit; done
+
+.PHONY: node-packages-in
+node-packages-in:
+	@if [ $(FOLDER)/node_modules/.done -nt $(FOLDER)/package-lock.json ]; then exit 0; fi; \
+	echo 'installing packages of Node.js into $(FOLDER)/node_modules ...'; \
+	(cd $(FOLDER) && npm ci --silent --no-audit --no-fund --ignore-scripts) && touch $(FOLDER)/node_modules/.done
 
 debian-package-%:
 	@if ! command -v apt-get >/dev/null; then \
