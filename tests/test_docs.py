@@ -101,8 +101,12 @@ def test_metrics_that_are_mentioned_exist(path: Path):
     for name, metric in emitted().items():
         if metric.kind == "histogram":
             known |= {f"{name}_bucket", f"{name}_sum", f"{name}_count"}
-    mentioned = set(re.findall(r"\bpgsidecar_[a-z_]+\b", path.read_text()))
+    mentioned = set(re.findall(r"(?<!:)\bpgsidecar_[a-z_]+\b", path.read_text()))
     assert mentioned <= known
+    recorded = set(
+        re.findall(r"\brecord: (\S+)", (ROOT / "alerts/pgsidecar.rules.yml").read_text())
+    )
+    assert set(re.findall(r"\b\w+:pgsidecar_[\w:]+", path.read_text())) <= recorded
 
 
 def test_buckets_are_those_of_the_histograms():

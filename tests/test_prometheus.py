@@ -1,22 +1,17 @@
 """A real Prometheus scrapes the sidecar: what it stores is what an alert or a dashboard can ask for."""
 
 import asyncio
-import json
-import shutil
-import socket
 import subprocess
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
-from urllib.parse import urlencode
 
 import psycopg
 import pytest
 
+from deploy.observe import processes
 from sidecar.demo.postgres import EmbeddedPostgres
 from tests.conftest import MakePostgres
 from tests.sidecar_process import PATIENCE, MakeProcess, eventually
@@ -90,68 +85,18 @@ FAMILIES = {
 }
 """The contract, by name without prefix, and its types."""
 
-_CONFIG = """
-global: {{scrape_interval: 1s, scrape_timeout: 1s}}
-scrape_configs:
-  - job_name: pgsidecar
-    static_configs: [{{targets: ["127.0.0.1:{port}"]}}]
-"""
 
-
-def program(name: str) -> str:
-    path = shutil.which(name)
-    assert path is not None, f"{name} is missing: apt-get install prometheus"
-    return path
-
-
-class Prometheus:
-    """A Prometheus that scrapes one target."""
-
-    def __init__(self, port: int) -> None:
-        self._url = f"http://127.0.0.1:{port}"
+class Prometheus(processes.Prometheus):
+    """With the patience of a test."""
 
     @classmethod
     @contextmanager
     def scraping(cls, target: int, folder: Path, *options: str) -> Iterator[Self]:
-        path = folder / "prometheus.yml"
-        path.write_text(_CONFIG.format(port=target))
-        with socket.socket() as probe:  # it cannot tell which port the kernel chose for it
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        log = folder / "prometheus.log"
-        with log.open("wb") as said:
-            process = subprocess.Popen(
-                [
-                    program("prometheus"),
-                    f"--config.file={path}",
-                    f"--storage.tsdb.path={folder / 'data'}",
-                    f"--web.listen-address=127.0.0.1:{port}",
-                    *options,
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=said,
-            )
-        try:
-            yield cls(port)
-        finally:
-            process.terminate()
-            process.wait(PATIENCE)
-            print(log.read_text())  # shown where the test failed
-
-    def ask(self, path: str, **parameters: str) -> Any:
-        """The data of an answer; None while it does not answer."""
-        url = f"{self._url}/api/v1/{path}?{urlencode(parameters)}"
-        try:
-            with urllib.request.urlopen(url, timeout=PATIENCE) as answer:
-                return json.load(answer)["data"]
-        except urllib.error.URLError:
-            return None
-
-    def value(self, query: str) -> float | None:
-        """Of an expression with one result; None if it has none."""
-        found = self.ask("query", query=query)
-        return float(found["result"][0]["value"][1]) if found and found["result"] else None
+        with processes.prometheus(folder, [f"127.0.0.1:{target}"], *options) as found:
+            try:
+                yield cls(found.url, found.log_path)
+            finally:
+                print(found.log)  # shown where the test failed
 
     def until(self, query: str, is_enough: Callable[[float], bool]) -> float:
         def look() -> tuple[float] | None:
@@ -159,9 +104,6 @@ class Prometheus:
             return (value,) if value is not None and is_enough(value) else None
 
         return eventually(look, query, 15)[0]
-
-    def names(self) -> set[str]:
-        return set(self.ask("label/__name__/values") or ())
 
 
 def family_of(name: str) -> str:
@@ -285,7 +227,7 @@ async def test_promtool_has_no_complaint(
     metrics = await sidecar.until_whole()
     checked = await asyncio.to_thread(
         subprocess.run,
-        [program("promtool"), "check", "metrics"],
+        [processes.program("promtool", "prometheus"), "check", "metrics"],
         input=metrics.text,
         capture_output=True,
         text=True,

@@ -11,7 +11,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
@@ -23,7 +23,7 @@ from deploy.observe.stack import Stack, running
 
 FACTOR: Final = 20.0
 """A rule's minute is 3 s."""
-TROUBLE_BEGINS, TROUBLE_LASTS = 10.0, 12.0  # seconds; so that within a minute all is well again
+TROUBLE_BEGINS, TROUBLE_LASTS = 6.0, 12.0  # seconds; so that within a minute all is well again
 FORGOTTEN: Final = 24  # transactions, of 25 connections: the others have to wait
 CULPRIT: Final = "billing-worker"
 PORTS: Final = (6432, 9632, 9090, 9093)
@@ -117,43 +117,39 @@ def _key(alert: dict[str, Any]) -> tuple[str, str]:
     return alert["labels"]["alertname"], alert["labels"].get("pool", "")
 
 
-class Trouble:
-    """Transactions of one application that are begun and left open for a while."""
+@contextmanager
+def _trouble(dsn: str, terminal: Terminal) -> Iterator[None]:
+    """Transactions of one application that are begun and left open for a while, on a thread of their own:
+    beginning them takes as long as the pool makes them wait."""
+    over = threading.Event()
 
-    def __init__(self, dsn: str, terminal: Terminal) -> None:
-        self._dsn = dsn
-        self._terminal = terminal
-        self._held = ExitStack()
-        self._is_on = False
-
-    def follow(self) -> None:
-        """Begin and end it when it is time."""
-        ends = TROUBLE_BEGINS + TROUBLE_LASTS
-        if not self._is_on and TROUBLE_BEGINS <= self._terminal.elapsed < ends:
-            self._begin()
-        elif self._is_on and self._terminal.elapsed >= ends:
-            self.end()
-
-    def _begin(self) -> None:
-        self._is_on = True
-        self._terminal.line(
-            f"{CULPRIT} begins {FORGOTTEN} transactions and forgets to commit for"
-            f" {TROUBLE_LASTS:.0f} s",
-            "!",
-        )
-        for _ in range(FORGOTTEN):
-            conn = psycopg.connect(self._dsn, application_name=CULPRIT, connect_timeout=10)
-            self._held.callback(conn.close)
-            try:
-                conn.execute("SELECT id FROM orders LIMIT 1")
-            except psycopg.Error:  # no connection was to be had: the pool is full as it is
+    def make() -> None:
+        with ExitStack() as held:
+            if over.wait(TROUBLE_BEGINS):
                 return
+            terminal.line(
+                f"{CULPRIT} begins {FORGOTTEN} transactions and forgets to commit for"
+                f" {TROUBLE_LASTS:.0f} s",
+                "!",
+            )
+            ends = terminal.elapsed + TROUBLE_LASTS
+            try:
+                for _ in range(FORGOTTEN):
+                    conn = psycopg.connect(dsn, application_name=CULPRIT, connect_timeout=10)
+                    held.callback(conn.close)
+                    conn.execute("SELECT id FROM orders LIMIT 1")
+            except psycopg.Error as exc:
+                terminal.line(f"{CULPRIT}: {exc}".strip().partition("\n")[0], "!")
+            over.wait(max(0.0, ends - terminal.elapsed))
+        terminal.line(f"{CULPRIT} has been restarted: its connections are free", "!")
 
-    def end(self) -> None:
-        if self._is_on:
-            self._is_on = False
-            self._held.close()
-            self._terminal.line(f"{CULPRIT} has been restarted: its connections are free", "!")
+    thread = threading.Thread(target=make, name=CULPRIT, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 @contextmanager
@@ -189,28 +185,15 @@ def observe(seconds: float | None, factor: float) -> int:
             pass
         print(_addresses(stack, factor), flush=True)
         terminal.restart()
-        watch, trouble = Watch(stack, terminal), Trouble(stack.dsn, terminal)
-        try:
-            _each(_LOOK_EVERY, seconds, stopping, terminal, trouble.follow, watch.look)
-        finally:
-            trouble.end()
+        watch = Watch(stack, terminal)
+        with _trouble(stack.dsn, terminal):
+            while not stopping.is_set() and (seconds is None or terminal.elapsed < seconds):
+                watch.look()
+                stopping.wait(_LOOK_EVERY)
         print("stopping ...", flush=True)
         left = watch.firing()
     print(_summary(pages, left))
     return 0
-
-
-def _each(
-    interval: float,
-    seconds: float | None,
-    stopping: threading.Event,
-    terminal: Terminal,
-    *steps: Callable[[], None],
-) -> None:
-    while not stopping.is_set() and (seconds is None or terminal.elapsed < seconds):
-        for step in steps:
-            step()
-        stopping.wait(interval)
 
 
 def _addresses(stack: Stack, factor: float) -> str:

@@ -40,6 +40,8 @@ def free_port(preferred: int = 0) -> int:
     """One that nothing listens on: neither of the two can tell which port the kernel chose for it."""
     for wanted in (preferred, 0):
         with socket.socket() as probe:
+            # as a listener will: a port whose connections only linger is free
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((HOST, wanted))
             except OSError:
@@ -54,11 +56,11 @@ class Server:
 
     def __init__(self, url: str, log: Path) -> None:
         self.url = url
-        self._log = log
+        self.log_path = log
 
     @property
     def log(self) -> str:
-        return self._log.read_text(errors="replace")
+        return self.log_path.read_text(errors="replace")
 
     def get(self, path: str, **parameters: str) -> Any:
         """The JSON of an answer; None while there is none."""

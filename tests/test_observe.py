@@ -1,0 +1,121 @@
+"""``make observe``: a page arrives and is resolved on the terminal."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deploy.observe.processes import CannotObserve, free_port, program
+from deploy.observe.quick import quick_routes, quick_rules
+from tests.sidecar_process import environment, eventually
+
+ROOT = Path(__file__).parent.parent
+COMMAND = [sys.executable, "-m", "deploy.observe"]
+
+
+@pytest.mark.timeout(120)
+def test_page_arrives_and_is_resolved_on_the_terminal() -> None:
+    """Who forgot to commit is in its text; and nothing is left running."""
+    done = subprocess.run(
+        [*COMMAND, "--seconds", "30", "--factor", "60"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=environment(),
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+
+    def find(pattern: str) -> int:
+        return next((n for n, line in enumerate(lines) if re.search(pattern, line)), -1)
+
+    steps = [
+        r"billing-worker begins 24 transactions",
+        r"PAGE     PgSidecarPoolExhausted, to pager",
+        r"Runbook: docs/runbooks/PgSidecarPoolExhausted.md",
+        r"billing-worker has been restarted",
+        r"RESOLVED PgSidecarPoolExhausted, to pager",
+        r"^stopping",
+        r"^Pages: \d+, resolved: \d+\.",
+    ]
+    places = [find(step) for step in steps]
+    assert -1 not in places, dict(zip(steps, places, strict=True)) | {"all": done.stdout}
+    assert places == sorted(places), done.stdout
+    assert find(r"firing   PgSidecarPoolExhausted main") > places[0], done.stdout
+    text = " ".join(line.strip() for line in lines[places[1] :][:8])
+    assert "25 of 25 connections are in use" in text, done.stdout
+    assert "Most are held by billing-worker (2" in text, done.stdout
+    (prometheus,) = re.findall(r"Prometheus +http://127\.0\.0\.1:(\d+)", done.stdout)
+    assert free_port(int(prometheus)) == int(prometheus)
+
+
+def test_signal_ends_it_and_all_that_it_has_started(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with log.open("wb") as said:
+        process = subprocess.Popen(COMMAND, cwd=ROOT, stdout=said, stderr=said, env=environment())
+    try:
+        eventually(lambda: "Thresholds are as shipped" in log.read_text(), "it has started", 40)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0, log.read_text()
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    ports = re.findall(r"127\.0\.0\.1:(\d+)", log.read_text())
+    assert len(ports) == 4
+    assert [free_port(int(port)) for port in ports] == list(map(int, ports))
+
+
+def test_missing_program_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", os.devnull)
+    with pytest.raises(CannotObserve, match="apt-get install prometheus-alertmanager"):
+        program("no-such-program", "prometheus-alertmanager")
+
+
+RULES = """\
+groups:
+  - name: g
+    rules:
+      - record: a
+        expr: rate(b_total{le="5.0"}[5m]) > 14.4 * 0.001
+      - alert: A
+        expr: |2
+            increase(b_total[1h]) >= 20
+          and on (job)
+            time() - process_start_time_seconds > 1800
+        for: 1m
+        keep_firing_for: 30s
+        annotations:
+          description: '{{ with printf "increase(b_total{%s}[5m])" $x | query }}5m{{ end }}'
+"""
+
+
+def test_durations_of_rules_are_divided_and_nothing_else() -> None:
+    assert quick_rules(RULES, 30) == (
+        RULES.replace("[5m]", "[10000ms]")
+        .replace("[1h]", "[120000ms]")
+        .replace("for: 1m", "for: 2000ms")
+        .replace("for: 30s", "for: 1000ms")
+        .replace("1800", "60")
+    )
+    assert quick_rules(RULES, 1).count("300000ms") == 2
+
+
+def test_durations_of_routes_are_divided_and_receivers_replaced() -> None:
+    text = (ROOT / "alerts/alertmanager.example.yml").read_text()
+    quick = quick_routes(
+        text, 10, {"pager": "http://127.0.0.1:1/p", "chat": "http://127.0.0.1:1/c"}
+    )
+    assert "group_wait: 1000ms" in quick
+    assert "repeat_interval: 360000ms" in quick
+    assert "url: http://127.0.0.1:1/p" in quick
+    assert "pagerduty" not in quick
+    assert quick.count("source_matchers") == text.count("source_matchers")
+    with pytest.raises(AssertionError, match="to be replaced"):
+        quick_routes(text, 10, {"pager": "http://127.0.0.1:1/p"})
