@@ -49,6 +49,14 @@ lint: install-dev ## Style (ruff) and types (mypy) only
 format: install-dev ## Format the code, and repair what ruff can repair
 	@$(PY) -m ruff check --quiet --fix . ; $(PY) -m ruff format .
 
+# Grafana's components take 600 MB; only who draws needs them.
+PICTURES := dashboards/pictures
+.PHONY: pictures
+pictures: install-dev observe-packages ## Draw docs/images anew; six minutes, development only. ARGS="--prometheus URL"
+	@command -v chromium >/dev/null || $(MAKE) debian-package-chromium || exit; \
+	$(MAKE) node-packages-in FOLDER=$(PICTURES) || exit; \
+	exec $(PY) -m dashboards.pictures $(ARGS)
+
 .PHONY: dashboards
 dashboards: install-dev ## Write dashboards/*.json, and the copies for Kubernetes, anew
 	@$(PY) -m dashboards.build && $(PY) -m deploy.kubernetes.build
@@ -76,8 +84,9 @@ compiled: install-dev ## A copy in build/compiled with the hot modules compiled;
 	    PGSIDECAR_COMPILE=1 "$$python" setup.py -q build_ext --inplace) || exit; \
 	  touch build/compiled/.done; \
 	fi
-	@cp -R bench tests docs alerts dashboards deploy config.yaml Dockerfile .dockerignore CHANGELOG.md \
-	  Makefile build/compiled 2>/dev/null || true
+	@cp -R bench tests docs alerts deploy config.yaml Dockerfile .dockerignore CHANGELOG.md \
+	  Makefile README.md build/compiled && mkdir -p build/compiled/dashboards/pictures && \
+	  cp dashboards/*.* build/compiled/dashboards && cp dashboards/pictures/*.* build/compiled/dashboards/pictures
 
 .PHONY: clean
 clean: ## Remove .venv, caches and builds

@@ -208,6 +208,7 @@ def test_recording_rules_have_values_asserted():
 NO_FOR = (r"\n *for: \S+", "")
 NO_KEEPING = (r"\n *keep_firing_for: \S+", "")
 NO_SECOND_CONDITION = (r"\n +and\n.*", "")
+ALSO_WITHOUT_SERVER = (r"\n +unless\n +pgsidecar_up == 0", "")
 ANY_INSTANCE = (r'instance=%q,pool=%q" \$labels.job \$labels.instance', 'pool=%q" $labels.job')
 ANY_POOL = (
     r',pool=%q" \$labels.job \$labels.instance \$labels.pool',
@@ -256,6 +257,7 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     ],
     "PgSidecarConnectionErrorRateHigh": [
         (">= 0.01", ">= 0.0101"), (">= 0.01", ">= 0.009"), (">= 0.01", "> 0.01"), (">= 20", "> 20"), (">= 20", ">= 19"), NO_SECOND_CONDITION,
+        (r"round\((\S+), 1e-6\)", r"\1"), ("1e-6", "0.01"),
         NO_FOR, ("for: 1m", "for: 45s"), ("for: 1m", "for: 75s"), ANY_INSTANCE, LEAST, ONLY_USED,
     ],
     "PgSidecarReconnecting": [
@@ -264,11 +266,12 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     ],
     "PgSidecarPingSlow": [("> 1\n", ">= 1\n"), ("> 1\n", "> 1.2\n"), ("0.99", "0.9"), NO_FOR, ("for: 5m", "for: 285s"), ("for: 5m", "for: 315s")],
     "PgSidecarPoolNearExhaustion": [
-        (">= 0.8", "> 0.8"), (">= 0.8", ">= 0.81"), (">= 0.8", ">= 0.799"), NO_FOR, ("for: 1m", "for: 45s"), ("for: 1m", "for: 75s"),
+        (">= 0.8", "> 0.8"), (">= 0.8", ">= 0.81"), (">= 0.8", ">= 0.799"), ALSO_WITHOUT_SERVER, NO_FOR, ("for: 1m", "for: 45s"), ("for: 1m", "for: 75s"),
         NO_KEEPING, ("for: 2m", "for: 105s"), ("for: 2m", "for: 135s"), ANY_INSTANCE, LEAST, ALSO_HEALTHY, ONLY_USED,
     ],
     "PgSidecarPoolExhausted": [
         (">= 1\n", "> 1\n"), (">= 1\n", ">= 0.96\n"), ("requests > 0", "requests > 1"), ("requests > 0", "requests >= 0"), NO_SECOND_CONDITION,
+        ALSO_WITHOUT_SERVER,
         NO_FOR, ("for: 30s", "for: 15s"), ("for: 30s", "for: 45s"), NO_KEEPING, ("for: 6m", "for: 345s"), ("for: 6m", "for: 375s"),
         ANY_INSTANCE, ANY_POOL, LEAST, ONLY_USED,
     ],
@@ -446,7 +449,7 @@ THRESHOLDS = {
     "PgSidecarPoolNearExhaustion": (r"pool_utilization:ratio >= 0\.8$", "1m"),
     "PgSidecarSlowQueries": (r"increase\(pgsidecar_slow_queries_total\[5m\]\)\) > 0$", "0s"),
     "PgSidecarQueryLatencyP99High": (r'quantile="0\.99",window="5m"\}\) >= 5$', "1m"),
-    "PgSidecarConnectionErrorRateHigh": (r"ratio_rate5m >= 0\.01$[^$]+attempts_total\[5m\]\)\) >= 20$", "1m"),
+    "PgSidecarConnectionErrorRateHigh": (r"ratio_rate5m, 1e-6\) >= 0\.01$[^$]+attempts_total\[5m\]\)\) >= 20$", "1m"),
     "PgSidecarErrorBudgetBurnFast": (r"1h > \(14\.4 \* 0\.001\)$[^$]+5m > \(14\.4 \* 0\.001\)$", "0s"),
     "PgSidecarErrorBudgetBurnSlow": (r"6h > \(6 \* 0\.001\)$[^$]+30m > \(6 \* 0\.001\)$", "0s"),
     "PgSidecarLatencyBudgetBurnFast": (r"1h > \(14\.4 \* 0\.01\)$[^$]+5m > \(14\.4 \* 0\.01\)$", "0s"),

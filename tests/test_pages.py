@@ -231,14 +231,14 @@ TROUBLES = [
         pool_at_80_percent,
         "PgSidecarPoolNearExhaustion",
         "pager",
-        r"Pool main on 127\.0\.0\.1:\d+ is 80% used: 20 of 25 connections, 0 clients wait\."
+        r"Pool main on 127\.0\.0\.1:\d+ is 80% used: 20 of 25 connections, clients waiting: 0\."
         rf" Most are held by billing-worker \(20\)\. {FIRST_STEP}",
     ),
     Trouble(
         pool_exhausted,
         "PgSidecarPoolExhausted",
         "pager",
-        r"Pool main on 127\.0\.0\.1:\d+ is exhausted: 4 of 4 connections are in use, 3 clients wait,"
+        r"Pool main on 127\.0\.0\.1:\d+ is exhausted: 4 of 4 connections are in use, clients waiting: 3,"
         r" the first for [\d.]+m?s\. Most are held by billing-worker \(4\)\. (Verdict: leak\. )?"
         + FIRST_STEP,
         muted=("PgSidecarPoolNearExhaustion",),
@@ -248,8 +248,8 @@ TROUBLES = [
         slow_query,
         "PgSidecarSlowQueries",
         "chat",
-        r"Queries of pool main on 127\.0\.0\.1:\d+ that have reached 5s in the last 5 minutes: [1-9]\. The oldest"
-        r" that runs now has run for [\d.]+m?s\. (The slowest statement that has ended: .* \([0-9a-f]{16}\)\. )?"
+        r"Queries of pool main on 127\.0\.0\.1:\d+ that have reached 5s in the last 5 minutes: [1-9]\.( The oldest"
+        r" that runs now has run for [\d.]+m?s\.)? (The slowest statement that has ended: .* \([0-9a-f]{16}\)\. )?"
         r"First step: SHOW SLOW at the console of 127\.0\.0\.1:\d+ says what they waited for\.",
     ),
     Trouble(
@@ -257,7 +257,7 @@ TROUBLES = [
         "PgSidecarQueryLatencyP99High",
         "pager",
         r"The P99 of the queries of pool main on 127\.0\.0\.1:\d+ is 5\.\d+s over 5 minutes; \d of 25"
-        r" connections are in use, 0 clients wait\. The slowest statement: SELECT pg_sleep\(\$1\)"
+        r" connections are in use, clients waiting: 0\. The slowest statement: SELECT pg_sleep\(\$1\)"
         rf" \([0-9a-f]{{16}}\)\. {FIRST_STEP}",
         muted=("PgSidecarSlowQueries",),
         also=frozenset({"PgSidecarSlowQueries"}),  # the first one crossed the threshold before
@@ -267,8 +267,8 @@ TROUBLES = [
         "PgSidecarConnectionErrorRateHigh",
         "pager",
         r"[\d.]+% of the attempts to get a connection from pool main on 127\.0\.0\.1:\d+ have failed in the"
-        r" last 5 minutes, most in phase ping with timeout; \d+ of 25 connections are in use, 0 clients"
-        rf" wait\. {FIRST_STEP}",
+        r" last 5 minutes, most in phase ping with timeout; \d+ of 25 connections are in use, clients"
+        rf" waiting: 0\. {FIRST_STEP}",
         options={"ping_interval": "300ms", "ping_timeout": "200ms"},
     ),
     Trouble(
@@ -276,7 +276,7 @@ TROUBLES = [
         "PgSidecarDatabaseDown",
         "pager",
         r"Pool main on 127\.0\.0\.1:\d+ cannot use PostgreSQL at 127\.0\.0\.1:\d+; the last good ping was"
-        r" [\d.]+m?s ago; most attempts fail in phase \w+ with \w+\. \d+ clients wait\."
+        r" [\d.]+m?s ago; most attempts fail in phase \w+ with \w+\. Clients waiting: \d+\."
         r" First step: does psql reach that server from there\? The pool comes back by itself\.",
         muted=("PgSidecarAcquireTimeouts", "PgSidecarConnectionErrorRateHigh"),
         options={"ping_interval": "300ms", "acquire_timeout": "500ms"},
@@ -286,7 +286,7 @@ TROUBLES = [
         leak,
         "PgSidecarConnectionLeak",
         "chat",
-        r"1 of 25 connections of pool main on 127\.0\.0\.1:\d+ are held for longer than leak_threshold\."
+        r"Connections of pool main on 127\.0\.0\.1:\d+ held for longer than leak_threshold: 1 of 25\."
         r" Most connections are held by billing-worker \(1\)\. First step: SHOW LEAKS at the console of"
         r" 127\.0\.0\.1:\d+ names client and statement\.",
         options={"leak_threshold": "1s"},
