@@ -358,6 +358,7 @@ async def test_sidecar_stops_amid_a_look(
     """Nothing is left behind, and nobody waits for the answer."""
     server = own_postgres()
     sidecar = await make_service(server.dsn(), **SLOW)
+    await sidecar.until_pinged()  # one amid a ping would not be to be had for the query
     async with client(sidecar.dsn(), "web") as web:
         await web.execute("SELECT 1")
         server.pause()
