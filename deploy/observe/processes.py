@@ -151,26 +151,50 @@ def alertmanager(folder: Path, config: str, port: int = 0) -> Iterator[Server]:
 @contextmanager
 def _running(folder: Path, name: str, port: int, *arguments: str) -> Iterator[tuple[str, Path]]:
     """Its URL once it is ready, and its log."""
-    address = f"{HOST}:{free_port(port)}"
     log = folder / f"{Path(name).name}.log"
-    with log.open("wb") as said:
-        process = subprocess.Popen(
-            [name, f"--web.listen-address={address}", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=said,
-            stderr=said,
-            start_new_session=True,  # a Ctrl-C is for us, who stop it in its turn
-        )
+    address, process = _started(name, port, arguments, log)
     try:
-        _wait_until_ready(f"http://{address}/-/ready", process, log)
         yield f"http://{address}", log
     finally:
-        process.terminate()
+        stop(process)
+
+
+def _started(
+    name: str, port: int, arguments: Sequence[str], log: Path
+) -> tuple[str, subprocess.Popen[bytes]]:
+    """Its address and the process, once it is ready. Somebody may take the port before it does: then it
+    gets another one."""
+    for tries_left in reversed(range(3)):
+        address = f"{HOST}:{free_port(port)}"
+        with log.open("wb") as said:
+            process = subprocess.Popen(
+                [name, f"--web.listen-address={address}", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                start_new_session=True,  # a Ctrl-C is for us, who stop it in its turn
+            )
         try:
-            process.wait(_STOPS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            _wait_until_ready(f"http://{address}/-/ready", process, log)
+            return address, process
+        except CannotObserve as exc:
+            stop(process)
+            if not tries_left or "address already in use" not in str(exc):
+                raise
+        except BaseException:
+            stop(process)
+            raise
+    raise AssertionError("the last try returns or raises")
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask it to end, wait, and end it."""
+    process.terminate()
+    try:
+        process.wait(_STOPS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

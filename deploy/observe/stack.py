@@ -24,6 +24,7 @@ from deploy.observe.processes import (
     alertmanager,
     free_port,
     prometheus,
+    stop,
 )
 from deploy.observe.quick import quick_routes, quick_rules
 from deploy.observe.receiver import Page, Receiver
@@ -139,9 +140,4 @@ def _process(log: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
     try:
         yield process
     finally:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        stop(process)
