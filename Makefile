@@ -73,20 +73,19 @@ test-compiled: node-packages compiled debian-packages ## The tests, on the compi
 	exec "$$python" -m pytest -q --no-header -n $(JOBS) --maxprocesses 8 --dist worksteal $(TESTS)
 
 # A copy: compiled modules beside their sources would be used in place of them, edited or not.
+COPY := tar -cf - --exclude=./build --exclude=./.git --exclude=./.venv --exclude=./.hypothesis \
+  --exclude='./.*_cache' --exclude=./dashboards/pictures/node_modules . | tar -xf - -C build/compiled
 .PHONY: compiled
 compiled: install-dev ## A copy in build/compiled with the hot modules compiled; needs a C compiler
 	@mkdir -p build/compiled
 	@if [ -z "$$(find build/compiled -maxdepth 1 -name '*.so')" ] || [ -n "$$(find setup.py sidecar \
 	  -name '*.py' -newer build/compiled/.done 2>/dev/null)" ]; then \
 	  echo 'compiling into build/compiled ...'; rm -rf build/compiled; mkdir -p build/compiled; \
-	  cp -R sidecar setup.py pyproject.toml README.md LICENSE build/compiled; \
-	  python="$$(pwd)/$(PY)"; (cd build/compiled && \
+	  $(COPY) || exit; python="$$(pwd)/$(PY)"; (cd build/compiled && \
 	    PGSIDECAR_COMPILE=1 "$$python" setup.py -q build_ext --inplace) || exit; \
 	  touch build/compiled/.done; \
 	fi
-	@cp -R bench tests docs alerts deploy config.yaml Dockerfile .dockerignore CHANGELOG.md \
-	  Makefile README.md build/compiled && mkdir -p build/compiled/dashboards/pictures && \
-	  cp dashboards/*.* build/compiled/dashboards && cp dashboards/pictures/*.* build/compiled/dashboards/pictures
+	@$(COPY)
 
 .PHONY: clean
 clean: ## Remove .venv, caches and builds
