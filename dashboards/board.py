@@ -25,6 +25,7 @@ BOARDS: Final = {
     "pgsidecar-slo": "Objectives",
 }
 """Titles of the links by uid, which is the name of the file, too."""
+OF_ONE_POOL: Final = "pgsidecar-pool"
 
 WIDTH: Final = 24
 _ALL: Final = models.VariableOption(text=["All"], value=["$__all"])
@@ -58,7 +59,7 @@ def render(uid: str, title: str, about: str, sections: Sequence[Section]) -> str
         .time("now-1h", "now")
         .refresh("30s")
         .timezone("browser")
-        .variables([_source(), *_variables()])
+        .variables([_source(), *_variables(uid)])
         .annotations(_annotations())
         .links([_link(other) for other in BOARDS if other != uid])
         .build()
@@ -118,7 +119,8 @@ def _source() -> builders.DatasourceVariable:
     return builders.DatasourceVariable("datasource").label("Data source").type("prometheus")
 
 
-def _variables() -> list[Builder[models.VariableModel]]:
+def _variables(uid: str) -> list[Builder[models.VariableModel]]:
+    """All is chosen, but on the board of one pool the first of them, and one at a time."""
     chosen = 'job=~"$job"'
     within: Mapping[str, str] = {
         "job": "pgsidecar_build_info",
@@ -128,29 +130,37 @@ def _variables() -> list[Builder[models.VariableModel]]:
     found: list[Builder[models.VariableModel]] = []
     for name, series in within.items():
         query = f"label_values({series}, {name})"
-        found.append(
+        is_one = name == "pool" and uid == OF_ONE_POOL
+        variable = (
             builders.QueryVariable(name)
             .label(name.capitalize())
             .datasource(SOURCE)
             .query({"query": query, "qryType": 1, "refId": "PrometheusVariableQueryEditor"})
             .refresh(models.VariableRefresh.ON_TIME_RANGE_CHANGED)
             .sort(models.VariableSort.ALPHABETICAL_CASE_INSENSITIVE_ASC)
-            .multi(True)
+            .multi(not is_one)
             .include_all(True)
             .all_value(".+")
-            .current(_ALL)
         )
+        found.append(variable if is_one else variable.current(_ALL))
     return found
 
 
 def _annotations() -> list[Builder[models.AnnotationQuery]]:
-    alerts = 'ALERTS{alertname=~"PgSidecar.*",alertstate="firing",<alert>}'
+    alerts = 'ALERTS{alertname=~"PgSidecar.*",alertstate="firing",severity="%s",<alert>}'
     restarts = "changes(process_start_time_seconds{<sidecar>}[$__rate_interval]) > 0"
     return [
-        _annotation("Firing alerts", "red", alerts)
-        .title_format("{{alertname}}")
-        .text_format("{{severity}} {{pool}} {{instance}}")
-        .tag_keys("severity,pool"),
+        *(
+            _annotation(name, colour, alerts % severity)
+            .enable(severity == "critical")  # a warning may last for days: a tint that says nothing
+            .title_format("{{alertname}}")
+            .text_format("{{severity}} {{pool}} {{instance}}")
+            .tag_keys("severity,pool")
+            for name, colour, severity in (
+                ("Critical alerts", "red", "critical"),
+                ("Warnings", "orange", "warning"),
+            )
+        ),
         _annotation("Restarts of the sidecar", "blue", restarts)
         .title_format("restarted")
         .text_format("{{instance}}")

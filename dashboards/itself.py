@@ -1,13 +1,9 @@
 """The row on the sidecar itself: the process, its HTTP service, its build and its configuration."""
 
-from typing import Final
-
 from grafana_foundation_sdk.models.dashboard import Panel
 
 from dashboards import limits, shared
 from dashboards.panels import QUANTILES, Column, Query, chart, listing, quantile, quantiles
-
-_THIRD: Final = (8, 8)
 
 
 def panels() -> list[Panel]:
@@ -21,7 +17,6 @@ def panels() -> list[Panel]:
             Query(
                 quantile(0.99, "pgsidecar_event_loop_lag_seconds", "<sidecar>", "instance, le"), by
             ),
-            size=_THIRD,
             steps=((limits.LATE_LOOP, "orange"),),
         ),
         chart(
@@ -33,18 +28,6 @@ def panels() -> list[Panel]:
                 "sum by (instance) (rate(process_cpu_seconds_total{<sidecar>}[$__rate_interval]))",
                 by,
             ),
-            size=_THIRD,
-            top=1.0,
-        ),
-        chart(
-            "Own time per lease",
-            "What the sidecar itself adds to a lease, in transaction mode, of a sample. More than some "
-            "hundred microseconds: see CPU and event loop lag.",
-            "s",
-            *quantiles("pgsidecar_proxy_overhead_seconds"),
-            size=_THIRD,
-            colours=QUANTILES,
-            empty="no samples",
         ),
         chart(
             "Memory",
@@ -59,7 +42,6 @@ def panels() -> list[Panel]:
                 "sum by (instance) (process_virtual_memory_bytes{<sidecar>})",
                 "virtual {{instance}}",
             ),
-            size=_THIRD,
         ),
         chart(
             "Open files, of the limit",
@@ -67,17 +49,7 @@ def panels() -> list[Panel]:
             "limit of the process (ulimit -n).",
             "percentunit",
             Query("process_open_fds{<sidecar>} / (process_max_fds{<sidecar>} > 0)", by),
-            size=_THIRD,
             steps=shared.UTILIZATION,
-            top=1.0,
-        ),
-        chart(
-            "Rendering of /metrics",
-            "How long the previous scrape kept the event loop. Beyond some milliseconds: lower "
-            "statements.exported.",
-            "s",
-            Query("max by (instance) (pgsidecar_metrics_render_seconds{<sidecar>})", by),
-            size=_THIRD,
         ),
         chart(
             "HTTP requests",
@@ -89,7 +61,7 @@ def panels() -> list[Panel]:
                 "[$__rate_interval]))",
                 "{{method}} {{route}} {{code}}",
             ),
-            size=_THIRD,
+            size=(24, 8),
             stacked=True,
         ),
         chart(
@@ -101,7 +73,6 @@ def panels() -> list[Panel]:
                 quantile(0.99, "pgsidecar_http_request_duration_seconds", "<sidecar>", "route, le"),
                 "{{route}}",
             ),
-            size=_THIRD,
             empty="no requests",
         ),
         chart(
@@ -111,11 +82,26 @@ def panels() -> list[Panel]:
             "short",
             Query('sum(pgsidecar_client_connections{listener="http",<sidecar>})', "clients"),
             Query('sum(pgsidecar_client_connections_max{listener="http",<sidecar>})', "limit"),
-            size=_THIRD,
+        ),
+        chart(
+            "Own time per lease",
+            "What the sidecar itself adds to a lease, in transaction mode, of a sample. More than some "
+            "hundred microseconds: see CPU and event loop lag.",
+            "s",
+            *quantiles("pgsidecar_proxy_overhead_seconds"),
+            colours=QUANTILES,
+            empty="no samples",
+        ),
+        chart(
+            "Rendering of /metrics",
+            "How long the previous scrape kept the event loop, of the slowest sidecar. Beyond some milliseconds: lower "
+            "statements.exported.",
+            "s",
+            Query("max(pgsidecar_metrics_render_seconds{<sidecar>})", "rendering"),
         ),
         listing(
             "Build and configuration",
-            "What runs, on which Python, and when its configuration was read. REFUSED: the old one is in "
+            "What runs, on which Python, the state of its configuration and when that was read. REFUSED: the old one is in "
             "force, and a restart would fail; the log names the line.",
             "short",
             Query(
@@ -125,7 +111,7 @@ def panels() -> list[Panel]:
             Query(
                 "max by (instance) (pgsidecar_config_last_reload_success_timestamp_seconds"
                 "{<sidecar>}) * 1000",
-                "configuration read",
+                "read",
             ),
             Query(
                 "max by (instance) (pgsidecar_config_last_reload_successful{<sidecar>})",
@@ -141,8 +127,8 @@ def panels() -> list[Panel]:
                 Column("Python", label="python_version"),
                 Column("implementation"),
                 Column("running for", "s"),
-                Column("configuration read", "dateTimeFromNow"),
                 Column("configuration", mappings=shared.RELOADED),
+                Column("read", "dateTimeFromNow"),
             ],
             size=(24, 6),
         ),

@@ -20,9 +20,12 @@ ABOUT: Final = (
     "what is left, and how fast it burns."
 )
 
-WINDOWS: Final = ("5m", "30m", "1h", "6h")
-_PAIRS: Final = (("fast", limits.BURN_FAST, "5m", "1h"), ("slow", limits.BURN_SLOW, "30m", "6h"))
-_BURNING: Final = ((limits.BURN_SLOW, "orange"), (limits.BURN_FAST, "red"))
+_PAIRS: Final = (
+    ("fast", limits.BURN_FAST, "5m", "1h", "red"),
+    ("slow", limits.BURN_SLOW, "30m", "6h", "orange"),
+)
+WINDOWS: Final = {window: factor for _, factor, *pair, _ in _PAIRS for window in pair}
+"""With the factor above which both of a pair make an alert."""
 _LEFT: Final = ((-1e9, "red"), (0.0, "orange"), (0.25, "green"))  # overspent without end: red
 
 
@@ -67,14 +70,14 @@ _LATENCY: Final = _Objective(
 def sections() -> list[Section]:
     return [
         Section("Budgets", _budgets()),
-        Section("Connections that fail", _rows(_CONNECTIONS)),
-        Section("Queries over 100 ms", _rows(_LATENCY)),
+        Section("How fast they burn", [*_burns(_CONNECTIONS), *_burns(_LATENCY)]),
+        Section("What goes wrong", [*_ratios(_CONNECTIONS), *_ratios(_LATENCY)]),
     ]
 
 
 def _budgets() -> list[Panel]:
     figures = [_left(_CONNECTIONS), _burn_now(_CONNECTIONS), _left(_LATENCY), _burn_now(_LATENCY)]
-    return [*figures, _windows(), shared.firing_alerts((8, 9))]
+    return [*figures, _windows(), shared.firing_alerts((12, 7))]
 
 
 def _left(of: _Objective) -> Panel:
@@ -98,40 +101,50 @@ def _burn_now(of: _Objective) -> Panel:
         "short",
         Query(f"max({of.burn('1h')})"),
         (6, 4),
-        _BURNING,
+        _burning(limits.BURN_FAST),
         empty="no traffic",
     )
 
 
 def _windows() -> Panel:
-    queries, columns = [], [Column("pool", link=shared.POOL_LINK), Column("instance")]
-    for objective in (_CONNECTIONS, _LATENCY):
-        for window in WINDOWS:
-            heading = f"{objective.name.lower()} {window}"
-            burn = f"max by (instance, pool) ({objective.burn(window)})"
-            queries.append(Query(burn, heading))
-            columns.append(Column(heading, steps=_steps(window)))
     return listing(
         "Burn rates, by pool",
         "Times the budget, by objective and window. Both windows of a pair above its threshold (14.4 for "
         "5m and 1h, 6 for 30m and 6h) is an alert; one alone is over, or has just begun.",
         "short",
-        *queries,
-        columns=columns,
-        sort="connections 1h",
-        size=(16, 9),
+        *(
+            Query(f"{_named(_CONNECTIONS, window)} or {_named(_LATENCY, window)}", window)
+            for window in WINDOWS
+        ),
+        columns=[
+            Column("objective", width=110),
+            Column("pool", link=shared.POOL_LINK),
+            Column("instance"),
+            *(
+                Column(window, steps=_burning(factor), decimals=1, width=70)
+                for window, factor in WINDOWS.items()
+            ),
+        ],
+        sort="1h",
+        size=(12, 7),
         empty="no traffic",
     )
 
 
-def _rows(of: _Objective) -> list[Panel]:
-    return [
-        *(_burn(of, *pair) for pair in _PAIRS),
-        *(_ratios(of, *pair) for pair in _PAIRS),
-    ]
+def _named(of: _Objective, window: str) -> str:
+    worst = f"max by (instance, pool) ({of.burn(window)})"
+    return f'label_replace({worst}, "objective", "{of.name.lower()}", "", "")'
 
 
-def _burn(of: _Objective, speed: str, factor: float, short: str, long: str) -> Panel:
+def _burns(of: _Objective) -> list[Panel]:
+    return [_burn(of, *pair) for pair in _PAIRS]
+
+
+def _ratios(of: _Objective) -> list[Panel]:
+    return [_ratio(of, *pair) for pair in _PAIRS]
+
+
+def _burn(of: _Objective, speed: str, factor: float, short: str, long: str, colour: str) -> Panel:
     whom = "pages" if factor == limits.BURN_FAST else "warns"
     return chart(
         f"{of.name}: burn rate, {speed} ({short} and {long})",
@@ -140,25 +153,30 @@ def _burn(of: _Objective, speed: str, factor: float, short: str, long: str) -> P
         "short",
         Query(f"max({of.burn(short)})", short),
         Query(f"max({of.burn(long)})", long),
-        steps=((factor, _steps(short)[0][1]),),
+        steps=((factor, colour),),
+        top=2 * factor,
         colours={short: "orange", long: "blue"},
         empty="no traffic",
     )
 
 
-def _ratios(of: _Objective, speed: str, factor: float, short: str, long: str) -> Panel:
+def _ratio(of: _Objective, speed: str, factor: float, short: str, long: str, colour: str) -> Panel:
+    line = round(factor * of.budget, 6)
     return chart(
         f"{of.name}: share, {speed} ({short} and {long})",
-        f"Share of {of.noun}, by pool and sidecar. The line is {factor:g} times the budget of "
-        f"{of.budget:.1%}; above it with both windows: {of.advice}.",
+        f"Share of {of.noun}, of the worst sidecar of each pool. The line is {factor:g} times the budget "
+        f"of {of.budget:.1%}; above it with both windows: {of.advice}.",
         "percentunit",
-        Query(of.ratio(short), f"{short} {{{{pool}}}} {{{{instance}}}}"),
-        Query(of.ratio(long), f"{long} {{{{pool}}}} {{{{instance}}}}"),
-        steps=((round(factor * of.budget, 6), _steps(short)[0][1]),),
+        *(
+            Query(f"max by (pool) ({of.ratio(window)})", f"{window} {{{{pool}}}}")
+            for window in (short, long)
+        ),
+        steps=((line, colour),),
+        top=2 * line,
         empty="no traffic",
     )
 
 
-def _steps(window: str) -> Steps:
-    fast = any(window in pair for pair in _PAIRS if pair[0] == "fast")
-    return ((limits.BURN_FAST, "red"),) if fast else ((limits.BURN_SLOW, "orange"),)
+def _burning(factor: float) -> Steps:
+    """Above 1 the budget does not last its month; from the alert's factor on someone is told."""
+    return ((1.0, "orange"), (factor, "red"))

@@ -27,7 +27,7 @@ def sections() -> list[Section]:
 def _now() -> list[Panel]:
     size = (4, 4)
     return [
-        shared.worst_utilization(size),
+        shared.worst_utilization("Fullest pool", size),
         shared.waiting(size),
         figure(
             "Databases down",
@@ -83,14 +83,14 @@ def _pools() -> list[Panel]:
             columns=[
                 Column("pool", link=shared.POOL_LINK),
                 Column("instance"),
-                Column("verdict", label="kind", colours=True),
-                Column("utilization", "percentunit", shared.UTILIZATION),
-                Column("used"),
-                Column("limit"),
-                Column("waiting", steps=shared.ANY),
-                Column("P99 (5m)", "s", shared.LATENCY),
-                Column("error rate (5m)", "percentunit", shared.ERROR_RATE),
-                Column("database", mappings=shared.UP),
+                Column("verdict", label="kind", colours=True, width=150),
+                Column("utilization", "percentunit", shared.UTILIZATION, width=130),
+                Column("used", width=80),
+                Column("limit", width=80),
+                Column("waiting", steps=shared.ANY, width=90),
+                Column("P99 (5m)", "s", shared.LATENCY, width=110),
+                Column("error rate (5m)", "percentunit", shared.ERROR_RATE, width=130),
+                Column("database", mappings=shared.UP, width=100),
             ],
             sort="utilization",
             size=(24, 9),
@@ -102,7 +102,7 @@ def _pools() -> list[Panel]:
 
 def _over_time() -> list[Panel]:
     return [
-        shared.by_utilization((12, 8)),
+        shared.by_utilization("pool", "{{pool}}", (12, 8)),
         chart(
             "Clients waiting, by pool",
             "Clients that wait for a connection. A plateau means that the pool is full or the database "
@@ -134,6 +134,7 @@ def _over_time() -> list[Panel]:
                 "{{pool}}",
             ),
             steps=shared.ERROR_RATE,
+            top=shared.ERROR_RATE_TOP,
             empty="no attempts",
         ),
         chart(
@@ -174,22 +175,24 @@ def _sidecars() -> list[Panel]:
             Query(f"time() - {per} (process_start_time_seconds{{<sidecar>}})", "running for"),
             Query(f"{per} (pgsidecar_config_last_reload_successful{{<sidecar>}})", "configuration"),
             Query(f"{per} (process_resident_memory_bytes{{<sidecar>}})", "memory"),
-            Query(f"{per} (rate(process_cpu_seconds_total{{<sidecar>}}[$__rate_interval]))", "CPU"),
+            Query(f"{per} (rate(process_cpu_seconds_total{{<sidecar>}}[5m]))", "CPU"),
             Query(f'{per} (pgsidecar_client_connections{{listener="pg",<sidecar>}})', "clients"),
             Query(
-                quantile(0.99, "pgsidecar_event_loop_lag_seconds", "<sidecar>", by="instance, le"),
+                quantile(
+                    0.99, "pgsidecar_event_loop_lag_seconds", "<sidecar>", "instance, le", "5m"
+                ),
                 "loop lag P99",
             ),
             columns=[
                 Column("instance"),
                 Column("version"),
                 Column("revision"),
-                Column("running for", "s"),
-                Column("configuration", mappings=shared.RELOADED),
-                Column("clients"),
-                Column("CPU", "percentunit"),
-                Column("memory", "bytes"),
-                Column("loop lag P99", "s", ((limits.LATE_LOOP, "orange"),)),
+                Column("running for", "s", width=120),
+                Column("configuration", mappings=shared.RELOADED, width=120),
+                Column("clients", width=90),
+                Column("CPU", "percentunit", width=90),
+                Column("memory", "bytes", width=110),
+                Column("loop lag P99", "s", ((limits.LATE_LOOP, "orange"),), width=120),
             ],
             sort="running for",
             size=(24, 7),

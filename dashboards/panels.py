@@ -68,6 +68,15 @@ Colours = Mapping[str, str]
 Size = tuple[int, int]
 """Columns of 24, and height."""
 
+_TOPS: Final = {"percentunit": 1.0, "short": 1.0, "ops": 1.0, "reqps": 1.0, "s": 0.001}
+"""How far an axis reaches at least, by unit. Of zeros alone Grafana makes one from 0 to 100."""
+_LAST, _MAX = "lastNotNull", "max"  # figures of a legend
+_ROOM: Final = 2
+"""Series that a table below a chart of height 8 has room for: Grafana gives it a third of that."""
+_WIDE: Final = 12
+"""Columns from which on a chart has room for a table on its right."""
+_NOTHING: Final = "–"  # noqa: RUF001  # what stands in a cell
+
 
 def outcomes(*names: str) -> Colours:
     return {name: _OUTCOMES[name] for name in names}
@@ -93,7 +102,8 @@ class Column:
     colours: bool = False  # by the text of a verdict
     label: str = ""  # if it is not the name
     link: tuple[str, str] | None = None  # title and URL
-    width: int = 0
+    decimals: int | None = None
+    width: int = 0  # pixels; none: what the others leave
 
 
 class _Panel(Protocol):
@@ -129,9 +139,15 @@ def expand(expr: str) -> str:
     return expr
 
 
-def quantile(share: float, metric: str, selector: str = "<pool>", by: str = "le") -> str:
+def quantile(
+    share: float,
+    metric: str,
+    selector: str = "<pool>",
+    by: str = "le",
+    window: str = "$__rate_interval",
+) -> str:
     """Of a histogram, over all that is selected; without samples there is no series, instead of NaN."""
-    rate = f"rate({metric}_bucket{{{selector}}}[$__rate_interval])"
+    rate = f"rate({metric}_bucket{{{selector}}}[{window}])"
     return f"histogram_quantile({share}, sum by ({by}) ({rate})) >= 0"
 
 
@@ -166,22 +182,25 @@ def chart(
     bars: bool = False,
     top: float | None = None,
     right: tuple[str, str] | None = None,
+    sort: str = "Last *",
     empty: str = "",
 ) -> models.Panel:
     """Lines over time. A series whose legend ends in ``limit`` is drawn as one. ``top``: the axis
-    reaches at least so far. ``right``: the series with an axis of its own, and its unit."""
+    reaches at least so far, instead of what is usual for the unit. ``right``: the series with an axis
+    of its own, and its unit. ``sort``: the figure by which the legend is sorted, if series come and go.
+    Bars are for counts. A sample between gaps is drawn as a point."""
     drawn = common.GraphDrawStyle.BARS if bars else common.GraphDrawStyle.LINE
     many = any("{{" in query.legend for query in queries)
     order = common.SortOrder.DESCENDING if many else common.SortOrder.NONE
     panel = (
         timeseries.Panel()
         .draw_style(drawn)
-        .line_width(1 if stacked else 2)
-        .fill_opacity(60 if bars else 30 if stacked else 0)
-        .show_points(common.VisibilityMode.NEVER)
+        .line_width(0 if stacked else 2)  # a layer of zeros would cover the one below with its line
+        .fill_opacity(60 if bars or stacked else 0)
+        .show_points(common.VisibilityMode.AUTO)
         .axis_border_show(False)
         .min(0)
-        .legend(_legend("lastNotNull", "max"))
+        .legend(_legend(size, len(queries), sort if many else "", bars=bars))
         .tooltip(
             styles.VizTooltipOptions()
             .mode(common.TooltipDisplayMode.MULTI)
@@ -191,14 +210,16 @@ def chart(
     )
     if stacked:
         panel.stacking(styles.StackingConfig().mode(common.StackingMode.NORMAL).group("A"))
-    if top is not None:
-        panel.axis_soft_max(top)
+    if bars:
+        panel.decimals(0)
+    if (least := _TOPS.get(unit) if top is None else top) is not None:
+        panel.axis_soft_max(least)
     if steps:
         dashed = styles.GraphThresholdsStyleConfig().mode(common.GraphThresholdsStyleMode.DASHED)
         panel.thresholds_style(dashed)
     for query in queries:
         panel.with_target(_target(query))
-    panel.color_scheme(_colour_mode(models.FieldColorModeId.PALETTE_CLASSIC_BY_NAME))
+    panel.color_scheme(_colour_mode(models.FieldColorModeId.PALETTE_CLASSIC))
     _colour(panel, colours or {})
     if any(query.legend.endswith("limit") for query in queries):
         panel.override_by_regexp("/limit$/", _as_limit())
@@ -219,6 +240,7 @@ def figure(
     steps: Steps = (),
     mappings: Mapping[str, tuple[str, str]] | None = None,
     colours: Colours | None = None,
+    decimals: int | None = None,
     shows: common.BigValueTextMode = common.BigValueTextMode.AUTO,
     empty: str = "",
 ) -> models.Panel:
@@ -236,7 +258,9 @@ def figure(
         .color_scheme(_colour_mode(models.FieldColorModeId.THRESHOLDS))
     )
     if mappings:
-        panel.mappings([_mapping(mappings)])
+        panel.mappings(_mappings(mappings))
+    if decimals is not None:
+        panel.decimals(decimals)
     _colour(panel, colours or {})
     return _finish(panel, title, about, unit, size, steps, empty)
 
@@ -248,6 +272,7 @@ def listing(
     *queries: Query,
     columns: Sequence[Column],
     sort: str = "",
+    rising: bool = False,
     size: Size = (24, 8),
     empty: str = "",
 ) -> models.Panel:
@@ -259,7 +284,7 @@ def listing(
         .color_scheme(_colour_mode(models.FieldColorModeId.THRESHOLDS))
     )
     if sort:
-        panel.sort_by([styles.TableSortByFieldState().display_name(sort).desc(True)])
+        panel.sort_by([styles.TableSortByFieldState().display_name(sort).desc(not rising)])
     raw = {column.name: column.label or column.name for column in columns}
     hidden = {"Time": True}
     for letter, query in zip(string.ascii_uppercase, queries, strict=False):
@@ -275,6 +300,7 @@ def listing(
     order = {raw[column.name]: place for place, column in enumerate(columns)}
     organized = {"excludeByName": hidden, "indexByName": order, "renameByName": renamed}
     panel.with_transformation(models.DataTransformerConfig("organize", options=organized))
+    panel.override_by_regexp("/.*/", [_property("noValue", _NOTHING)])  # ``empty`` is the panel's
     for column in columns:
         if properties := _column(column):
             panel.override_by_name(column.name, properties)
@@ -296,9 +322,9 @@ def timeline(
     panel = (
         statetimeline.Panel()
         .show_value(common.VisibilityMode.AUTO)
-        .mappings([_mapping(mappings)])
+        .mappings(_mappings(mappings))
         .color_scheme(_colour_mode(models.FieldColorModeId.THRESHOLDS))
-        .legend(_legend())
+        .legend(styles.VizLegendOptions().show_legend(False))
         .tooltip(styles.VizTooltipOptions().mode(common.TooltipDisplayMode.SINGLE))
     )
     for query in queries:
@@ -372,25 +398,32 @@ def _thresholds(steps: Steps) -> dashboards.ThresholdsConfig:
     return dashboards.ThresholdsConfig().mode(models.ThresholdsMode.ABSOLUTE).steps(found)
 
 
-def _legend(*calcs: str) -> styles.VizLegendOptions:
-    """With figures it is a table; without, there is none."""
-    mode = common.LegendDisplayMode.TABLE if calcs else common.LegendDisplayMode.LIST
-    return (
-        styles.VizLegendOptions()
-        .show_legend(bool(calcs))
-        .display_mode(mode)
-        .placement(common.LegendPlacement.BOTTOM)
-        .calcs(list(calcs))
-    )
+def _legend(size: Size, count: int, sort: str, *, bars: bool) -> styles.VizLegendOptions:
+    """A table below the chart; of more series than that has room for, or of any number, on its right,
+    or, where that would leave no room for the chart, a list with one figure each."""
+    legend = styles.VizLegendOptions().show_legend(True).placement(common.LegendPlacement.BOTTOM)
+    is_long = bool(sort) or count > _ROOM
+    if is_long and size[0] < _WIDE:
+        return legend.display_mode(common.LegendDisplayMode.LIST).calcs([_MAX if bars else _LAST])
+    legend.display_mode(common.LegendDisplayMode.TABLE).calcs([_LAST, _MAX])
+    if is_long:
+        legend.placement(common.LegendPlacement.RIGHT)
+    return legend.sort_by(sort).sort_desc(True) if sort else legend
 
 
-def _mapping(texts: Mapping[str, tuple[str, str]]) -> models.ValueMap:
-    return models.ValueMap(
-        {
-            value: models.ValueMappingResult(text=text, color=colour, index=place)
-            for place, (value, (text, colour)) in enumerate(texts.items())
-        }
-    )
+def _mappings(texts: Mapping[str, tuple[str, str]]) -> list[models.ValueMapping]:
+    results = {
+        value: models.ValueMappingResult(text=text, color=colour, index=place)
+        for place, (value, (text, colour)) in enumerate(texts.items())
+    }
+    return [models.ValueMap(results)] if results else []
+
+
+def _colourless() -> models.SpecialValueMap:
+    """A cell without a value would have the colour of the best one."""
+    result = models.ValueMappingResult(text=_NOTHING, color="transparent")
+    nothing = models.SpecialValueMatch.NULL_AND_NAN
+    return models.SpecialValueMap(models.DashboardSpecialValueMapOptions(nothing, result))
 
 
 def _column(column: Column) -> list[models.DynamicConfigValue]:
@@ -399,14 +432,15 @@ def _column(column: Column) -> list[models.DynamicConfigValue]:
         found.append(_property("unit", column.unit))
     if column.width:
         found.append(_property("custom.width", column.width))
-    mappings = column.mappings
+    if column.decimals is not None:
+        found.append(_property("decimals", column.decimals))
+    mappings = column.mappings or {}
     if column.colours:
         mappings = {kind: (kind, colour) for kind, colour in VERDICTS.items()}
-    if mappings:
-        found.append(_property("mappings", [_mapping(mappings)]))
     if column.steps:
         found.append(_property("thresholds", _thresholds(column.steps).build()))
     if column.steps or mappings:
+        found.append(_property("mappings", [*_mappings(mappings), _colourless()]))
         background = {"type": "color-background", "mode": "basic"}
         found.append(_property("custom.cellOptions", background))
     if column.link is not None:

@@ -36,8 +36,8 @@ _STUCK: Final = ((limits.STUCK, "red"),)
 def sections() -> list[Section]:
     return [
         Section("Overview", _overview()),
-        Section("Saturation", _saturation()),
         Section("Who holds it", _holders()),
+        Section("Saturation", _saturation()),
         Section("Latency", _latency()),
         *upkeep.sections(),
     ]
@@ -45,7 +45,7 @@ def sections() -> list[Section]:
 
 def _overview() -> list[Panel]:
     return [
-        shared.worst_utilization((4, 4)),
+        shared.worst_utilization("Pool used", (4, 4)),
         shared.waiting((4, 4)),
         figure(
             "Top holder",
@@ -97,9 +97,9 @@ def _overview() -> list[Panel]:
             Query("sum(increase(pgsidecar_slow_queries_total{<pool>}[$__range]))"),
             (5, 4),
             shared.ANY,
+            decimals=0,
         ),
-        shared.firing_alerts((12, 6)),
-        shared.verdicts("instance, pool", "{{pool}} {{instance}}", (12, 6)),
+        shared.firing_alerts((24, 6)),
     ]
 
 
@@ -115,20 +115,20 @@ def _saturation() -> list[Panel]:
             stacked=True,
             colours=STATES,
         ),
-        shared.by_utilization((12, 8)),
+        shared.by_utilization("instance, pool", "{{pool}} {{instance}}", (12, 8)),
         chart(
             "Peak of use within a minute",
-            "Most connections in use at once, as a share of the limit: bursts between two scrapes are "
-            "seen here alone. At 100% while the average is low: clients come in bursts.",
+            "Most connections in use at once, as a share of the limit, of the fullest sidecar: bursts "
+            "between two scrapes are seen here alone. At 100% while the average is low: clients come in "
+            "bursts.",
             "percentunit",
             Query(
-                'max by (instance, pool) (pgsidecar_pool_connections_used_peak{window="1m",<pool>})'
-                " / (max by (instance, pool) (pgsidecar_pool_connections_max{<pool>}) > 0)",
-                "{{pool}} {{instance}}",
+                'max(max by (instance, pool) (pgsidecar_pool_connections_used_peak{window="1m",<pool>})'
+                " / (max by (instance, pool) (pgsidecar_pool_connections_max{<pool>}) > 0))",
+                "peak",
             ),
             size=(8, 8),
             steps=shared.UTILIZATION,
-            top=1.0,
         ),
         chart(
             "Clients waiting, and the longest wait",
@@ -147,7 +147,7 @@ def _saturation() -> list[Panel]:
             "Close to it: a larger pool helps, or shorter transactions do.",
             "short",
             Query(
-                "sum(rate(pgsidecar_pool_connection_use_seconds_sum{<pool>}[$__rate_interval]))",
+                "round(sum(rate(pgsidecar_pool_connection_use_seconds_sum{<pool>}[$__rate_interval])), 0.1)",
                 "needed",
             ),
             Query("sum(pgsidecar_pool_connections_max{<pool>})", "limit"),
@@ -181,11 +181,11 @@ def _saturation() -> list[Panel]:
 def _holders() -> list[Panel]:
     per = "sum by (application)"
     return [
-        shared.held_by_application((16, 9)),
+        shared.held_by_application((15, 9)),
         listing(
             "Holders now",
             "Applications by the connections they hold, the share of the limit that is, and how many "
-            "clients wait because of them.",
+            "clients they kept waiting on average over 5 minutes.",
             "short",
             Query(f"{per} (pgsidecar_pool_connections_held{{<pool>}}) > 0", "held"),
             Query(
@@ -194,20 +194,21 @@ def _holders() -> list[Panel]:
                 "of the limit",
             ),
             Query(
-                f"{per} (rate(pgsidecar_blamed_wait_seconds_total{{<pool>}}[$__rate_interval])) > 0",
-                "waiting because of it",
+                f"{per} (rate(pgsidecar_blamed_wait_seconds_total{{<pool>}}[5m])) > 0.05",
+                "kept waiting",
             ),
             columns=[
                 Column("application"),
-                Column("held"),
-                Column("of the limit", "percentunit", shared.UTILIZATION),
-                Column("waiting because of it", steps=shared.ANY),
+                Column("held", width=70),
+                Column("of the limit", "percentunit", shared.UTILIZATION, width=110),
+                Column("kept waiting", steps=shared.ANY, decimals=1, width=120),
             ],
             sort="held",
-            size=(8, 9),
+            size=(9, 9),
             empty="Nobody holds a connection",
         ),
-        shared.blamed((12, 8)),
+        shared.blamed((12, 9)),
+        shared.verdicts("instance, pool", "{{pool}} {{instance}}", (12, 9)),
         chart(
             "Held, and at work",
             "Connections held, and those on which a query runs. A wide gap: clients hold connections "
@@ -216,6 +217,7 @@ def _holders() -> list[Panel]:
             Query('sum(pgsidecar_pool_connections{state="used",<pool>})', "held"),
             Query("sum(pgsidecar_queries_in_flight{<pool>})", "at work"),
             Query("sum(pgsidecar_pool_connections_max{<pool>})", "limit"),
+            size=(8, 8),
             colours={"held": "orange", "at work": "green"},
         ),
         chart(
@@ -227,6 +229,7 @@ def _holders() -> list[Panel]:
             Query(
                 "max(pgsidecar_longest_idle_in_transaction_seconds{<pool>})", "idle in transaction"
             ),
+            size=(8, 8),
             steps=_STUCK,
             colours={"oldest query": "yellow", "idle in transaction": "purple"},
         ),
@@ -241,6 +244,7 @@ def _holders() -> list[Panel]:
                 "pinned",
             ),
             Query("sum(pgsidecar_pool_connections_max{<pool>})", "limit"),
+            size=(8, 8),
             colours={"leaked": "red", "pinned": "purple"},
         ),
     ]

@@ -16,7 +16,7 @@ Json = dict[str, object]
 FOLDER: Final = Path(__file__).parent
 EVERYTHING: Final[Mapping[str, str]] = {"job": ".+", "instance": ".+", "pool": ".+"}
 
-_VARIABLE: Final = re.compile(r"\$(?:\{(\w+)(?::\w+)?\}|(\w+))")
+_VARIABLE: Final = re.compile(r"\$(?:\{([a-z_]\w*)(?::\w+)?\}|([a-z_]\w*))")  # $1 is PromQL
 
 
 @dataclass(frozen=True, slots=True)

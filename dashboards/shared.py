@@ -22,6 +22,8 @@ from dashboards.panels import (
 UTILIZATION: Final = ((limits.NEARLY_FULL, "orange"), (limits.FULL, "red"))
 LATENCY: Final = ((limits.LATENCY_OBJECTIVE, "orange"), (limits.SLOW_QUERY, "red"))
 ERROR_RATE: Final = ((limits.ERROR_RATE, "red"),)
+ERROR_RATE_TOP: Final = 2 * limits.ERROR_RATE
+"""Of the axis, so that the line is always in view."""
 ANY: Final = ((1.0, "orange"),)
 ANY_IS_BAD: Final = ((1.0, "red"),)
 
@@ -33,9 +35,9 @@ POOL_LINK: Final = (
 )
 
 
-def worst_utilization(size: Size) -> Panel:
+def worst_utilization(title: str, size: Size) -> Panel:
     return figure(
-        "Fullest pool",
+        title,
         "Connections in use, or being opened, as a share of the limit, of the fullest pool that is "
         "selected. From 80% on you are paged; at 100% clients wait: see who holds them.",
         "percentunit",
@@ -72,7 +74,7 @@ def p99(size: Size) -> Panel:
 
 def error_rate(size: Size) -> Panel:
     return figure(
-        "Connection errors (5m)",
+        "Error rate (5m)",
         "Share of the attempts to get a connection that failed in the last 5 minutes, of the worst "
         "pool. From 1% on you are paged: the row Errors says in which phase and why.",
         "percentunit",
@@ -89,7 +91,11 @@ def verdict_now(size: Size) -> Panel:
         "What the sidecar itself says is wrong now. Anything but healthy: ask `pgsidecar why`, which "
         "names the culprit, the evidence and the next steps.",
         "none",
-        Query("max by (kind) (pgsidecar_verdict{<pool>} == 1)", "{{kind}}"),
+        Query(
+            'max by (kind) (pgsidecar_verdict{kind!="healthy",<pool>} == 1)'
+            ' or on () max by (kind) (pgsidecar_verdict{kind="healthy",<pool>} == 1)',
+            "{{kind}}",
+        ),
         size,
         colours=VERDICTS,
         shows=common.BigValueTextMode.NAME,
@@ -121,11 +127,13 @@ def firing_alerts(size: Size) -> Panel:
             'alertstate="firing",<alert>})'
         ),
         columns=[
-            Column("severity", mappings=colour, width=110),
-            Column("alert", label="alertname"),
+            Column("alert", label="alertname", width=280),
+            Column("severity", mappings=colour, width=90),
             Column("pool"),
             Column("instance"),
         ],
+        sort="severity",
+        rising=True,
         size=size,
         empty="No alert fires",
     )
@@ -137,9 +145,7 @@ def held_by_application(size: Size) -> Panel:
         "Who has the connections, by the application_name of the client. When the stack touches the "
         "limit the thickest layer is the one to talk to.",
         "short",
-        Query(
-            "sum by (application) (pgsidecar_pool_connections_held{<pool>}) > 0", "{{application}}"
-        ),
+        Query("sum by (application) (pgsidecar_pool_connections_held{<pool>})", "{{application}}"),
         Query("sum(pgsidecar_pool_connections_max{<pool>})", "limit"),
         size=size,
         stacked=True,
@@ -148,30 +154,33 @@ def held_by_application(size: Size) -> Panel:
 
 
 def blamed(size: Size) -> Panel:
+    """Colours go by the place of a series: (none), which holds nothing, is last, so that applications
+    have those that they have where they hold connections."""
+    waiting = (
+        "round(sum by (application) (rate(pgsidecar_blamed_wait_seconds_total"
+        "{%s,<pool>}[$__rate_interval])), 0.1)"
+    )
     return chart(
         "Clients kept waiting, by who holds the connections",
         "How many clients wait because of each application: waiting is charged to those who hold the "
         "connections, or the lock, meanwhile. The top one is the cause, whoever complains.",
         "short",
-        Query(
-            "sum by (application) (rate(pgsidecar_blamed_wait_seconds_total{<pool>}[$__rate_interval]))"
-            " > 0",
-            "{{application}}",
-        ),
+        Query(waiting % 'application!="(none)"', "{{application}}"),
+        Query(waiting % 'application="(none)"', "(none)"),
         size=size,
         stacked=True,
+        colours={"(none)": "text"},
         empty="Nobody has waited",
     )
 
 
-def by_utilization(size: Size) -> Panel:
+def by_utilization(by: str, legend: str, size: Size) -> Panel:
     return chart(
         "Utilization",
-        "Connections in use as a share of the limit, by pool and sidecar: the figure that alerts look "
-        "at. Orange: you are paged after a minute. Red: full, and clients wait.",
+        "Connections in use as a share of the limit: the figure that alerts look at, of several sidecars "
+        "the fullest. Orange: you are paged after a minute. Red: full, and clients wait.",
         "percentunit",
-        Query("instance_pool:pgsidecar_pool_utilization:ratio{<pool>}", "{{pool}} {{instance}}"),
+        Query(f"max by ({by}) (instance_pool:pgsidecar_pool_utilization:ratio{{<pool>}})", legend),
         size=size,
         steps=UTILIZATION,
-        top=1.0,
     )

@@ -20,8 +20,12 @@ _TEXT: Final = (
     "max by (pool, fingerprint, query) (pgsidecar_statement_info{<pool>}))"
 )
 """One text for each statement, whatever number of sidecars know it."""
-_RATE: Final = (
-    "sum by (pool, fingerprint) (rate(pgsidecar_statement_%s_total{%s}[$__rate_interval]))"
+_SHORT: Final = f'label_replace({_TEXT}, "query", "$1…$2", "query", "(.{{15}}).+(.{{10}})")'
+"""As legends have room for: how it begins and how it ends, since many begin alike."""
+_OTHERS: Final = "others"
+_P99: Final = (
+    "max by (pool, fingerprint) "
+    '(pgsidecar_statement_latency_seconds{quantile="0.99",<pool>}%s >= 0)'
 )
 _TOLD_APART: Final = 'fingerprint!="other",<pool>'
 _THIRD: Final = (8, 8)
@@ -38,39 +42,52 @@ def sections() -> list[Section]:
     ]
 
 
-def _with_text(expr: str) -> str:
-    return f"{expr} * on (pool, fingerprint) group_left (query) {_TEXT}"
+def _rate(kind: str, selector: str, window: str) -> str:
+    total = f"pgsidecar_statement_{kind}_total{{{selector}}}"
+    return f"sum by (pool, fingerprint) (rate({total}{window}))"
+
+
+def _with_text(expr: str, text: str = _SHORT) -> str:
+    return f"{expr} * on (pool, fingerprint) group_left (query) {text}"
 
 
 def _top(kind: str) -> Query:
-    rate = _RATE % (kind, _TOLD_APART)
-    return Query(_with_text(f"topk(10, {rate} > 0)"), "{{query}}")
+    """The same ten all the time: those of the whole time shown."""
+    rate = _rate(kind, _TOLD_APART, "[$__rate_interval]")
+    whole = _rate(kind, _TOLD_APART, "[$__range] @ end()")
+    top = f"{rate} and on (pool, fingerprint) topk(10, {whole} > 0)"
+    return Query(_with_text(f"round({top}, 0.001)"), "{{query}}")
+
+
+def _now(kind: str) -> str:
+    return _rate(kind, "<pool>", "[5m]")
 
 
 def _other(kind: str) -> Query:
     rate = f"rate(pgsidecar_statement_{kind}_total"
-    return Query(
-        f'sum({rate}{{fingerprint="other",<pool>}}[$__rate_interval]))', "all others together"
-    )
+    others = f'{rate}{{fingerprint="other",<pool>}}[$__rate_interval])'
+    return Query(f"round(sum({others}), 0.001)", _OTHERS)
 
 
 def _overview() -> list[Panel]:
     return [
         figure(
-            "Connections kept busy",
-            "How many connections queries keep busy on average (their time per second). Compare with the "
-            "limit: far below while clients wait, connections are held and idle.",
+            "Busy connections",
+            "How many connections queries kept busy on average over 5 minutes (their time per second). "
+            "Compare with the limit: far below while clients wait, connections are held and idle.",
             "short",
-            Query("sum(rate(pgsidecar_statement_seconds_total{<pool>}[$__rate_interval]))"),
+            Query("sum(rate(pgsidecar_statement_seconds_total{<pool>}[5m]))"),
+            decimals=2,
         ),
         shared.p99((4, 4)),
         figure(
             "Clients kept waiting",
-            "How many clients waited on average over the last minutes. Some all the time: the pool is "
-            "held; below is by whom.",
+            "How many clients waited on average over 5 minutes. Some all the time: the pool is held; below "
+            "is by whom.",
             "short",
-            Query("sum(rate(pgsidecar_blamed_wait_seconds_total{<pool>}[$__rate_interval]))"),
+            Query("sum(rate(pgsidecar_blamed_wait_seconds_total{<pool>}[5m]))"),
             steps=shared.ANY,
+            decimals=1,
         ),
         figure(
             "Leaks now",
@@ -87,46 +104,44 @@ def _overview() -> list[Panel]:
             "short",
             Query("sum(increase(pgsidecar_incidents_total{<pool>}[$__range]))"),
             steps=shared.ANY,
+            decimals=0,
         ),
         shared.verdict_now((4, 4)),
     ]
 
 
 def _statements() -> list[Panel]:
-    seconds = _RATE % ("seconds", "<pool>")
-    calls = _RATE % ("calls", "<pool>")
+    seconds, calls = _now("seconds"), _now("calls")
     return [
         listing(
             "Statements, by time",
-            "All statements that have series, and the others together. Busy connections is what a statement "
-            "takes from the pool: many short calls weigh as much as a few long ones.",
+            "Over 5 minutes: all statements that have series, and the others together. Busy: connections "
+            "that it takes from the pool; many short calls weigh as much as a few long ones.",
             "short",
             Query(
-                f"{_with_text(seconds)} or {seconds} unless on (pool, fingerprint) {_TEXT}",
-                "busy connections",
+                f"{_with_text(seconds, _TEXT)} or label_replace("
+                f"{seconds} unless on (pool, fingerprint) {_TEXT}, "
+                f'"query", "{_OTHERS}", "fingerprint", "other")',
+                "busy",
             ),
             Query(calls, "calls/s"),
             Query(f"{seconds} / ({calls} > 0)", "average"),
-            Query(
-                "max by (pool, fingerprint) (pgsidecar_statement_latency_seconds"
-                '{quantile="0.99",<pool>} >= 0)',
-                "P99",
-            ),
-            Query(f"{_RATE % ('rows', '<pool>')} / ({calls} > 0)", "rows a call"),
-            Query(f"{_RATE % ('errors', '<pool>')} / ({calls} > 0)", "failed"),
+            Query(_P99 % "", "P99"),
+            Query(f"{_now('rows')} / ({calls} > 0)", "rows a call"),
+            Query(f"{_now('errors')} / ({calls} > 0)", "failed"),
             columns=[
                 Column("query"),
-                Column("busy connections", width=140),
-                Column("calls/s", "reqps", width=110),
+                Column("busy", decimals=3, width=90),
+                Column("calls/s", decimals=2, width=90),
                 Column("average", "s", width=100),
                 Column("P99", "s", shared.LATENCY, width=100),
-                Column("rows a call", width=100),
+                Column("rows a call", width=110),
                 Column("failed", "percentunit", shared.ERROR_RATE, width=90),
                 Column("pool", width=110),
                 Column("fingerprint", width=160),
             ],
-            sort="busy connections",
-            size=(24, 11),
+            sort="busy",
+            size=(24, 10),
             empty="no statements",
         ),
         chart(
@@ -139,6 +154,8 @@ def _statements() -> list[Panel]:
             Query("sum(pgsidecar_pool_connections_max{<pool>})", "limit"),
             size=(24, 10),
             stacked=True,
+            colours={_OTHERS: "text"},
+            sort="Max",
         ),
         chart(
             "Top 10 by P99",
@@ -147,8 +164,7 @@ def _statements() -> list[Panel]:
             "s",
             Query(
                 _with_text(
-                    "topk(10, max by (pool, fingerprint) (pgsidecar_statement_latency_seconds"
-                    '{quantile="0.99",<pool>} >= 0))'
+                    f"({_P99 % ''} and on (pool, fingerprint) topk(10, {_P99 % ' @ end()'}))"
                 ),
                 "{{query}}",
             ),
@@ -201,8 +217,8 @@ def _blame() -> list[Panel]:
             Query(f"{per} (pgsidecar_pool_connections_held{{<pool>}}) > 0", "held now"),
             columns=[
                 Column("application"),
-                Column("waiting caused", "s"),
-                Column("held now"),
+                Column("waiting caused", "s", width=150),
+                Column("held now", width=110),
             ],
             sort="waiting caused",
             size=(12, 8),
@@ -240,15 +256,16 @@ def _pins() -> list[Panel]:
         ),
         chart(
             "Share of connections pinned",
-            "Pinned connections as a share of the limit, session mode left out: what the alert looks at.",
+            "Pinned connections as a share of the limit, session mode left out: what the alert looks at, of "
+            "several sidecars the worst.",
             "percentunit",
             Query(
-                'sum by (instance, pool) (pgsidecar_pinned_connections{reason!="session_mode",<pool>})'
-                " / (max by (instance, pool) (pgsidecar_pool_connections_max{<pool>}) > 0)",
-                "{{pool}} {{instance}}",
+                "max by (pool) (sum by (instance, pool) "
+                '(pgsidecar_pinned_connections{reason!="session_mode",<pool>})'
+                " / (max by (instance, pool) (pgsidecar_pool_connections_max{<pool>}) > 0))",
+                "{{pool}}",
             ),
             steps=((limits.PINNED, "orange"),),
-            top=1.0,
         ),
         chart(
             "New pins, by reason",
@@ -321,7 +338,6 @@ def _prepared() -> list[Panel]:
                 "{{pool}}",
             ),
             size=_THIRD,
-            top=1.0,
             empty="Nothing prepared",
         ),
     ]

@@ -103,10 +103,12 @@ def _errors() -> list[Panel]:
             "are paged: the panels beside say in which phase and why.",
             "percentunit",
             Query(
-                "instance_pool:pgsidecar_connection_errors:ratio_rate5m{<pool>}",
+                "max by (instance, pool) "
+                "(instance_pool:pgsidecar_connection_errors:ratio_rate5m{<pool>})",
                 "{{pool}} {{instance}}",
             ),
             steps=shared.ERROR_RATE,
+            top=shared.ERROR_RATE_TOP,
             empty="no attempts",
         ),
         chart(
@@ -132,13 +134,14 @@ def _errors() -> list[Panel]:
                 "[$__rate_interval])) > 0",
                 "{{phase}} {{reason}}",
             ),
+            size=_THIRD,
             stacked=True,
             bars=True,
             empty="No connection errors",
         ),
         chart(
-            "Query errors, by origin and SQLSTATE class",
-            "Errors that clients got. 23: a constraint, 40: conflicts (retry), 42: wrong SQL, 53: pool full "
+            "Query errors, by SQLSTATE class",
+            "Errors that clients got, of the server or of the sidecar. 23: a constraint, 40: conflicts (retry), 42: wrong SQL, 53: pool full "
             "or server out of something, 57: cancelled or shut down.",
             "short",
             Query(
@@ -146,7 +149,7 @@ def _errors() -> list[Panel]:
                 "[$__rate_interval])) > 0",
                 "{{origin}} {{sqlstate_class}}",
             ),
-            size=(6, 8),
+            size=_THIRD,
             stacked=True,
             bars=True,
             empty="No query errors",
@@ -164,7 +167,7 @@ def _errors() -> list[Panel]:
                 'sum(increase(pgsidecar_timeouts_total{pool="",<sidecar>}[$__rate_interval]))',
                 "login without a pool",
             ),
-            size=(6, 8),
+            size=_THIRD,
             stacked=True,
             bars=True,
         ),
@@ -182,8 +185,8 @@ def _health() -> list[Panel]:
             size=(10, 6),
         ),
         figure(
-            "Since the last good ping",
-            "Of the pool that waits longest for one. Minutes: the server does not answer, or all "
+            "Last good ping",
+            "How long ago it was, of the pool that waits longest for one. Minutes: the server does not answer, or all "
             "connections are in use, which are not pinged.",
             "s",
             Query("max(time() - (pgsidecar_ping_last_success_timestamp_seconds{<pool>} > 0))"),
