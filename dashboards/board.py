@@ -29,7 +29,9 @@ OF_ONE_POOL: Final = "pgsidecar-pool"
 
 WIDTH: Final = 24
 _ALL: Final = models.VariableOption(text=["All"], value=["$__all"])
-_KEPT: Final = "${__url_time_range}&${datasource:queryparam}&${job:queryparam}"
+_KEPT: Final = (
+    "${__url_time_range}&${datasource:queryparam}&${namespace:queryparam}&${job:queryparam}"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ class Section:
 
 
 def link_to(uid: str, **variables: str) -> str:
-    """The board, with time, source and job kept, and these variables by columns of the table."""
+    """The board, with time, source, namespace and job kept, and these variables by columns of the table."""
     columns = (f"&var-{name}=${{__data.fields.{column}}}" for name, column in variables.items())
     return f"/d/{uid}/{uid}?{_KEPT}{''.join(columns)}"
 
@@ -120,15 +122,20 @@ def _source() -> builders.DatasourceVariable:
 
 
 def _variables(uid: str) -> list[Builder[models.VariableModel]]:
-    """All is chosen, but on the board of one pool the first of them, and one at a time."""
-    chosen = 'job=~"$job"'
-    within: Mapping[str, str] = {
-        "job": "pgsidecar_build_info",
-        "instance": f"pgsidecar_build_info{{{chosen}}}",
-        "pool": f'pgsidecar_pool_connections_max{{{chosen},instance=~"$instance"}}',
+    """All is chosen, but on the board of one pool the first of them, and one at a time.
+
+    All jobs are those of sidecars, one by one: other exporters have metrics of the same names. Series
+    have no namespace but on Kubernetes, so all of them are any or none.
+    """
+    place = 'namespace=~"$namespace",job=~"$job"'
+    within: Mapping[str, tuple[str, str]] = {
+        "namespace": ("pgsidecar_build_info", ".*"),
+        "job": ('pgsidecar_build_info{namespace=~"$namespace"}', ""),
+        "instance": (f"pgsidecar_build_info{{{place}}}", ".+"),
+        "pool": (f'pgsidecar_pool_connections_max{{{place},instance=~"$instance"}}', ".+"),
     }
     found: list[Builder[models.VariableModel]] = []
-    for name, series in within.items():
+    for name, (series, everything) in within.items():
         query = f"label_values({series}, {name})"
         is_one = name == "pool" and uid == OF_ONE_POOL
         variable = (
@@ -140,8 +147,9 @@ def _variables(uid: str) -> list[Builder[models.VariableModel]]:
             .sort(models.VariableSort.ALPHABETICAL_CASE_INSENSITIVE_ASC)
             .multi(not is_one)
             .include_all(True)
-            .all_value(".+")
         )
+        if everything:
+            variable = variable.all_value(everything)
         found.append(variable if is_one else variable.current(_ALL))
     return found
 

@@ -32,11 +32,11 @@ from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 from grafana_foundation_sdk.models.table import Options as TableOptions
 
 SOURCE: Final = common.DataSourceRef(type_val="prometheus", uid="${datasource}")
-_SIDECAR: Final = 'job=~"$job",instance=~"$instance"'
+_SIDECAR: Final = 'namespace=~"$namespace",job=~"$job",instance=~"$instance"'
 _SHORT: Final = {
     "<pool>": f'{_SIDECAR},pool=~"$pool"',
     "<sidecar>": _SIDECAR,
-    "<alert>": 'job=~"$job|",instance=~"$instance|",pool=~"$pool|"',
+    "<alert>": 'namespace=~"$namespace|",job=~"$job|",instance=~"$instance|",pool=~"$pool|"',
 }
 
 QUANTILES: Final = {"P50": "green", "P90": "yellow", "P99": "red"}

@@ -14,7 +14,13 @@ from typing import Any, Final, cast
 Json = dict[str, object]
 
 FOLDER: Final = Path(__file__).parent
-EVERYTHING: Final[Mapping[str, str]] = {"job": ".+", "instance": ".+", "pool": ".+"}
+EVERYTHING: Final[Mapping[str, str]] = {
+    "namespace": ".*",
+    "job": "pgsidecar",
+    "instance": ".+",
+    "pool": ".+",
+}
+"""What Grafana puts in for All, where the sidecars are scraped as job pgsidecar."""
 
 _VARIABLE: Final = re.compile(r"\$(?:\{([a-z_]\w*)(?::\w+)?\}|([a-z_]\w*))")  # $1 is PromQL
 

@@ -118,15 +118,20 @@ def source_is_a_variable(board: Board) -> Iterator[str]:
             yield f"{each.get('title', each)} has a data source of its own"
 
 
+PLACE = {"namespace", "job", "instance"}
+"""Labels by which Prometheus tells sidecars apart."""
+
+
 def variables_offer_all(board: Board) -> Iterator[str]:
     variables = {v["name"]: v for v in board["templating"]["list"]}
-    for name in ("job", "instance", "pool"):
+    everything = {"namespace": ".*", "job": None, "instance": ".+", "pool": ".+"}
+    for name, all_of_them in everything.items():
         found = variables.get(name, {})
         wanted = {
             "type": "query",
             "multi": True,
             "includeAll": True,
-            "allValue": ".+",
+            "allValue": all_of_them,
             "refresh": 2,
         }
         if name == "pool" and board["uid"] == "pgsidecar-pool":
@@ -171,7 +176,7 @@ def variables_select(board: Board) -> Iterator[str]:
             found = {
                 label: value for label, sign, value in MATCHER.findall(matchers) if sign in "=~"
             }
-            wanted = {"job", "instance"} | ({"pool"} & series().get(name, {}).keys())
+            wanted = PLACE | ({"pool"} & series().get(name, {}).keys())
             for label in wanted:
                 may_lack = f"${label}|" if name == "ALERTS" else f"${label}"
                 is_without = label == "pool" and found.get("pool") == ""
@@ -188,7 +193,7 @@ def series_exist(board: Board) -> Iterator[str]:
                     yield f"{panel}: there is no {name}"
                     continue
                 for label, sign, value in MATCHER.findall(matchers):
-                    if label not in labels.keys() | {"job", "instance"}:
+                    if label not in labels.keys() | PLACE:
                         yield f"{panel}: {name} has no label {label}"
                     elif "$" not in value and labels.get(label) and label != "fingerprint":
                         values = set(value.split("|")) if "~" in sign else {value}
@@ -201,7 +206,7 @@ def groups_exist(board: Board) -> Iterator[str]:
     for panel in panels(board):
         for target in panel.targets:
             names = [name for name, _, _ in selectors(target.expr)]
-            known = {"job", "instance", "le"}.union(*(series().get(name, {}) for name in names))
+            known = {"le"}.union(PLACE, *(series().get(name, {}) for name in names))
             grouped = re.findall(r"\bby \(([^)]*)\)", target.expr)
             asked = {label for each in grouped for label in re.split(r", *", each)}
             asked |= set(re.findall(r"\{\{(\w+)\}\}", target.legend))

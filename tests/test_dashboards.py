@@ -168,7 +168,7 @@ def setting(path: str, value: object, title: str = "") -> Callable[[Board], None
 
 
 CHART, TABLE = "Connections by state", "Firing alerts"
-SELECTED = 'job=~"$job",instance=~"$instance",pool=~"$pool"'
+SELECTED = 'namespace=~"$namespace",job=~"$job",instance=~"$instance",pool=~"$pool"'
 BROKEN: list[tuple[Rule, Callable[[Board], None]]] = [
     (source_is_a_variable, setting("datasource.uid", "prometheus", CHART)),
     (source_is_a_variable, setting("targets.1.datasource.uid", "prometheus", CHART)),
@@ -177,10 +177,11 @@ BROKEN: list[tuple[Rule, Callable[[Board], None]]] = [
     (source_is_a_variable, setting("annotations.list.0.datasource.uid", "prometheus")),
     (variables_offer_all, setting("templating.list.1.refresh", 1)),
     (variables_offer_all, setting("templating.list.2.multi", False)),
-    (variables_offer_all, setting("templating.list.3.allValue", ".*")),
-    (variables_offer_all, setting("templating.list.3.name", "pools")),
-    (variables_offer_all, setting("templating.list.3.multi", True)),
-    (variables_offer_all, setting("templating.list.3.current", {"text": "All", "value": "$__all"})),
+    (variables_offer_all, setting("templating.list.2.allValue", ".+")),  # every exporter's job
+    (variables_offer_all, setting("templating.list.4.allValue", ".*")),
+    (variables_offer_all, setting("templating.list.4.name", "pools")),
+    (variables_offer_all, setting("templating.list.4.multi", True)),
+    (variables_offer_all, setting("templating.list.4.current", {"text": "All", "value": "$__all"})),
     (texts_are_there, without("description")),
     (texts_are_there, setting("title", "", CHART)),
     (texts_are_there, setting("description", "Connections", CHART)),
@@ -194,9 +195,11 @@ BROKEN: list[tuple[Rule, Callable[[Board], None]]] = [
     (ranges_follow_the_zoom, once(f"sum(increase(pgsidecar_pins_total{{{SELECTED}}}[5m]))")),
     (ranges_follow_the_zoom, once(f"sum(rate(pgsidecar_pins_total{{{SELECTED}}}[$__range]))")),
     (variables_select, asking("sum(pgsidecar_up)")),
-    (variables_select, asking('sum(pgsidecar_up{job=~"$job",pool=~"$pool"})')),
-    (variables_select, asking('sum(pgsidecar_up{job=~"$job",instance=~"$instance"})')),
-    (variables_select, asking('sum(pgsidecar_up{job!~"$job",instance=~"$instance",pool=~"$pool"})')),
+    (variables_select, asking(f"sum(pgsidecar_up{{{SELECTED.replace('job=~', 'job!~')}}})")),
+    *(
+        (variables_select, asking(f"sum(pgsidecar_up{{{re.sub(one, '', SELECTED)}}})"))
+        for one in ("namespace[^,]*,", "job[^,]*,", "instance[^,]*,", ",pool.*")
+    ),
     (variables_select, setting("annotations.list.1.target.expr", "process_start_time_seconds")),
     (series_exist, asking(f"sum(pgsidecar_upp{{{SELECTED}}})")),
     (series_exist, asking(f'sum(pgsidecar_up{{phase="tls",{SELECTED}}})')),
@@ -370,7 +373,7 @@ def test_promtool_refuses_what_is_not_promql(tmp_path: Path):
 def test_macros_and_variables_are_put_in():
     assert (
         substitute('rate(x{job=~"$job",pool=~"${pool:regex}"}[$__rate_interval])')
-        == 'rate(x{job=~".+",pool=~".+"}[1m])'
+        == 'rate(x{job=~"pgsidecar",pool=~".+"}[1m])'
     )
     with pytest.raises(KeyError):
         substitute("up[$__interval_ms]")

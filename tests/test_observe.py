@@ -117,5 +117,5 @@ def test_durations_of_routes_are_divided_and_receivers_replaced() -> None:
     assert "url: http://127.0.0.1:1/p" in quick
     assert "pagerduty" not in quick
     assert quick.count("source_matchers") == text.count("source_matchers")
-    with pytest.raises(AssertionError, match="to be replaced"):
+    with pytest.raises(ValueError, match=r"are \['chat', 'pager'\]"):
         quick_routes(text, 10, {"pager": "http://127.0.0.1:1/p"})

@@ -17,7 +17,7 @@ import yaml
 
 from dashboards.queries import Panel, all_panels, substitute
 from deploy.observe.processes import Prometheus
-from deploy.observe.stack import running
+from deploy.observe.stack import Stack, running
 
 ROOT = Path(__file__).parent.parent
 RULES = ROOT / "alerts/pgsidecar.rules.yml"
@@ -92,6 +92,25 @@ def unanswered(prometheus: Prometheus, panels: list[Panel]) -> list[tuple[Panel,
     return found
 
 
+def mistakes(stack: Stack, panel: Panel) -> Iterator[str]:
+    """What no panel may show at any time: no number, or what is of Alertmanager, which is scraped, too.
+    And a chart has a line for the last half minute."""
+    instance = stack.sidecar.removeprefix("http://")
+    for target in panel.targets:
+        for labels, value in stack.prometheus.query(ask(target.expr)):
+            if math.isnan(value):
+                yield f"{panel}: NaN of {labels}"
+            if labels.get("instance", instance) != instance:
+                yield f"{panel}: {labels} is not ours"
+        if not target.is_instant:
+            now = time.time()
+            found = stack.prometheus.ask(
+                "query_range", query=ask(target.expr), start=f"{now - 30}", end=f"{now}", step="1"
+            )
+            if not found["result"] and not panel.may_be_empty:
+                yield f"{panel}: nothing in {ask(target.expr)}"
+
+
 def make_trouble(dsn: str) -> None:
     """A client's connection is lost amid its query; the load has all other kinds of trouble."""
     with psycopg.connect(dsn, autocommit=True) as conn:
@@ -115,6 +134,8 @@ def test_panels_rules_and_metrics_fit_together() -> None:
             assert not is_late, "\n".join(f"{panel}: {query}" for panel, query in why)
             make_trouble(stack.dsn)
             time.sleep(0.5)
+        others = [mistake for panel in all_panels() for mistake in mistakes(stack, panel)]
+        assert not others, "\n".join(others)
 
         known = labels_by_name(prometheus)
         for where, expression in (*in_rules(), *in_dashboards(), *in_documents()):

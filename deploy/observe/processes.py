@@ -110,18 +110,21 @@ def prometheus(
     port: int = 0,
 ) -> Iterator[Prometheus]:
     """Scrapes ``targets`` (host:port) as job pgsidecar. ``rules`` is the text of a rule file,
-    ``alertmanager`` the URL of one, ``port`` the one to have if it is free."""
+    ``alertmanager`` the URL of one, which is scraped, too; ``port`` is the one to have if it is free."""
+    jobs = {"pgsidecar": list(targets)}
+    if alertmanager:
+        jobs["alertmanager"] = [alertmanager.removeprefix("http://")]
     config: dict[str, Any] = {
         "global": {"scrape_interval": every, "scrape_timeout": every, "evaluation_interval": every},
         "scrape_configs": [
-            {"job_name": "pgsidecar", "static_configs": [{"targets": list(targets)}]}
+            {"job_name": job, "static_configs": [{"targets": of}]} for job, of in jobs.items()
         ],
     }
     if rules:
         (folder / "rules.yml").write_text(rules)
         config["rule_files"] = ["rules.yml"]
     if alertmanager:
-        to = {"targets": [alertmanager.removeprefix("http://")]}
+        to = {"targets": jobs["alertmanager"]}
         config["alerting"] = {"alertmanagers": [{"static_configs": [to]}]}
     path = folder / "prometheus.yml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))

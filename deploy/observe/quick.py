@@ -32,11 +32,12 @@ def quick_rules(text: str, factor: float) -> str:
 def quick_routes(text: str, factor: float, receivers: Mapping[str, str]) -> str:
     """The text of an Alertmanager configuration, with a webhook in place of each receiver.
 
-    ``receivers`` has the webhook's URL by the receiver's name.
+    ``receivers`` has the webhook's URL by the receiver's name. Raises ValueError if these are others.
     """
     config: dict[str, Any] = yaml.safe_load(text)
     names = {receiver["name"] for receiver in config["receivers"]}
-    assert names == receivers.keys(), f"{names} are to be replaced by {receivers.keys()}"
+    if names != receivers.keys():
+        raise ValueError(f"the receivers are {sorted(names)}, not {sorted(receivers)}")
     config["receivers"] = [
         {"name": name, "webhook_configs": [{"url": url, "send_resolved": True}]}
         for name, url in receivers.items()
@@ -55,5 +56,6 @@ def _quicken(route: dict[str, Any], factor: float) -> None:
 
 def _divided(duration: str, factor: float) -> str:
     match = re.fullmatch(_DURATION, duration)
-    assert match is not None, f"{duration} is not one number with a unit"
+    if match is None:
+        raise ValueError(f"{duration!r} is not one number with one unit")
     return f"{max(1, round(int(match[1]) * _UNITS[match[2]] * 1000 / factor))}ms"
