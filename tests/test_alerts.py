@@ -208,7 +208,8 @@ def test_recording_rules_have_values_asserted():
 NO_FOR = (r"\n *for: \S+", "")
 NO_KEEPING = (r"\n *keep_firing_for: \S+", "")
 NO_SECOND_CONDITION = (r"\n +and\n.*", "")
-ALSO_WITHOUT_SERVER = (r"\n +unless\n +pgsidecar_up == 0", "")
+ALSO_WITHOUT_SERVER = (r"\n +unless\n +max_over_time.*", "")
+NOT_WHILE_PINGS_FAIL = (r"max_over_time\(pgsidecar_up\[1m\]\) == 0", "pgsidecar_up == 0")
 ANY_INSTANCE = (r'instance=%q,pool=%q" \$labels.job \$labels.instance', 'pool=%q" $labels.job')
 ANY_POOL = (
     r',pool=%q" \$labels.job \$labels.instance \$labels.pool',
@@ -257,7 +258,7 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     ],
     "PgSidecarConnectionErrorRateHigh": [
         (">= 0.01", ">= 0.0101"), (">= 0.01", ">= 0.009"), (">= 0.01", "> 0.01"), (">= 20", "> 20"), (">= 20", ">= 19"), NO_SECOND_CONDITION,
-        (r"round\((\S+), 1e-6\)", r"\1"), ("1e-6", "0.01"),
+        (r"round\((\S+), 1e-6\)", r"\1"), ("1e-6", "0.01"), (">= 2\n", ">= 1\n"),
         NO_FOR, ("for: 1m", "for: 45s"), ("for: 1m", "for: 75s"), ANY_INSTANCE, LEAST, ONLY_USED,
     ],
     "PgSidecarReconnecting": [
@@ -271,7 +272,7 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     ],
     "PgSidecarPoolExhausted": [
         (">= 1\n", "> 1\n"), (">= 1\n", ">= 0.96\n"), ("requests > 0", "requests > 1"), ("requests > 0", "requests >= 0"), NO_SECOND_CONDITION,
-        ALSO_WITHOUT_SERVER,
+        ALSO_WITHOUT_SERVER, NOT_WHILE_PINGS_FAIL,
         NO_FOR, ("for: 30s", "for: 15s"), ("for: 30s", "for: 45s"), NO_KEEPING, ("for: 6m", "for: 345s"), ("for: 6m", "for: 375s"),
         ANY_INSTANCE, ANY_POOL, LEAST, ONLY_USED,
     ],

@@ -30,6 +30,7 @@ PORTS: Final = (6432, 9632, 9090, 9093)
 
 _LINE_EVERY: Final = 5.0  # seconds
 _LOOK_EVERY: Final = 0.5
+_FIGURES: Final = 20.0  # seconds until Prometheus has scraped the sidecar; it takes one or two
 _POOL: Final = '{pool="main"}'
 _COLOURS: Final = {"PAGE": "1;31", "MESSAGE": "33", "RESOLVED": "32", "firing": "31", "!": "1"}
 
@@ -86,7 +87,10 @@ class Watch:
         self._next_line = 0.0
 
     def look(self) -> None:
-        now = {_key(alert): str(alert["state"]) for alert in self._stack.prometheus.alerts()}
+        found = self._stack.prometheus.alerts()
+        if found is None:
+            raise CannotObserve(f"Prometheus has ended\n{self._stack.prometheus.log}")
+        now = {_key(alert): str(alert["state"]) for alert in found}
         for name, pool in {**self._states, **now}:
             state = now.get((name, pool), "over")
             if self._states.get((name, pool)) != state:
@@ -154,11 +158,11 @@ def _trouble(dsn: str, terminal: Terminal) -> Iterator[None]:
 
 @contextmanager
 def _stopping() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set."""
+    """An event that SIGINT, SIGTERM and the end of the terminal set."""
     event = threading.Event()
     before = {
         number: signal.signal(number, lambda *_: event.set())
-        for number in (signal.SIGINT, signal.SIGTERM)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     }
     try:
         yield event
@@ -181,8 +185,7 @@ def observe(seconds: float | None, factor: float) -> int:
         _stopping() as stopping,
         running(factor=factor, is_calm=True, told=told, ports=PORTS) as stack,
     ):
-        while stack.prometheus.value("min(pgsidecar_up)") != 1 and not stopping.wait(0.1):
-            pass
+        _wait_for_figures(stack, stopping)
         print(_addresses(stack, factor), flush=True)
         terminal.restart()
         watch = Watch(stack, terminal)
@@ -194,6 +197,13 @@ def observe(seconds: float | None, factor: float) -> int:
         left = watch.firing()
     print(_summary(pages, left))
     return 0
+
+
+def _wait_for_figures(stack: Stack, stopping: threading.Event) -> None:
+    deadline = time.monotonic() + _FIGURES
+    while stack.prometheus.value("min(pgsidecar_up)") != 1 and not stopping.wait(0.1):
+        if time.monotonic() > deadline:
+            raise CannotObserve(f"no figures of the sidecar in Prometheus after {_FIGURES:g} s")
 
 
 def _addresses(stack: Stack, factor: float) -> str:

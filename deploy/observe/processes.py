@@ -93,10 +93,10 @@ class Prometheus(Server):
     def names(self) -> set[str]:
         return set(self.ask("label/__name__/values") or ())
 
-    def alerts(self) -> list[dict[str, Any]]:
-        """Pending and firing ones."""
+    def alerts(self) -> list[dict[str, Any]] | None:
+        """Pending and firing ones; None if it does not answer."""
         found = self.ask("alerts")
-        return found["alerts"] if found else []
+        return None if found is None else list(found["alerts"])
 
 
 @contextmanager
