@@ -168,6 +168,7 @@ node-packages-in:
 	echo 'installing packages of Node.js into $(FOLDER)/node_modules ...'; \
 	(cd $(FOLDER) && npm ci --silent --no-audit --no-fund --ignore-scripts) && touch $(FOLDER)/node_modules/.done
 
+# Some packages bring services, which Debian would start; not while this policy is there (deb-systemd-invoke(1)).
 debian-package-%:
 	@if ! command -v apt-get >/dev/null; then \
 	  echo 'Please install what Debian calls $*; there is no apt-get here to do it.' >&2; exit 1; \
@@ -175,5 +176,8 @@ debian-package-%:
 	elif sudo -n true 2>/dev/null; then sudo='sudo -n'; \
 	else echo 'Please install $*: sudo apt-get install $*' >&2; exit 1; fi; \
 	echo 'installing the Debian package $* ...'; \
+	policy=/usr/sbin/policy-rc.d; \
+	if [ ! -e $$policy ]; then trap "$$sudo rm -f $$policy" EXIT INT TERM; \
+	  printf '#!/bin/sh\nexit 101\n' | $$sudo tee $$policy >/dev/null; $$sudo chmod +x $$policy; fi; \
 	install="$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends $*"; \
 	$$install >/dev/null 2>&1 || { $$sudo apt-get update -qq >/dev/null && $$install >/dev/null; }

@@ -30,6 +30,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 import sidecar
 from deploy.kubernetes import build
+from deploy.observe.processes import alertmanager, stop
 from sidecar import config_file
 from sidecar.api.server import HttpServer
 from sidecar.config import Config, HttpConfig
@@ -787,8 +788,7 @@ def pages(port: int, folder: Path) -> Iterator[Pages]:
         eventually(lambda: is_healthy(port) or None, "the receiver answers")
         yield printed.read_text
     finally:
-        process.terminate()
-        process.wait(10)
+        stop(process)
 
 
 def is_healthy(port: int) -> bool:
@@ -843,28 +843,17 @@ def test_silent_receiver_is_not_healthy(unused_tcp_port: int):
 
 def test_alert_becomes_a_page(tmp_path: Path, unused_tcp_port_factory: Callable[[], int]):
     """The real Alertmanager with this configuration, but for the addresses and the first wait."""
-    port, hook = unused_tcp_port_factory(), unused_tcp_port_factory()
+    hook = unused_tcp_port_factory()
     config = mounted("alertmanager", tmp_path) / "etc/alertmanager/alertmanager.yml"
     text = re.sub(r"group_wait: \d+s", "group_wait: 0s", config.read_text())
-    config.write_text(text.replace("pages:9095", f"127.0.0.1:{hook}"))
-    flags = [each for each in SERVICES["alertmanager"]["command"] if "cluster" in each]
-    log = (tmp_path / "alertmanager.log").open("w")
-    with pages(hook, tmp_path) as printed, log:
-        process = subprocess.Popen(
-            [
-                *(program("prometheus-alertmanager"), f"--config.file={config}", *flags),
-                *(f"--storage.path={tmp_path}/data", f"--web.listen-address=127.0.0.1:{port}"),
-            ],
-            stdout=log,
-            stderr=log,
-        )
-        try:
-            body = json.dumps([{key: ALERT[key] for key in ("labels", "annotations")}]).encode()
-            eventually(lambda: raise_alert(port, body) or None, "Alertmanager takes the alert")
-            first = eventually(lambda: printed().splitlines()[:1], "a page")
-        finally:
-            process.terminate()
-            process.wait(10)
+    text = text.replace("pages:9095", f"127.0.0.1:{hook}")
+    assert "--cluster.listen-address=" in SERVICES["alertmanager"]["command"]  # as here
+    with pages(hook, tmp_path) as printed, alertmanager(tmp_path, text) as server:
+        body = json.dumps([{key: ALERT[key] for key in ("labels", "annotations")}]).encode()
+        port = urlsplit(server.url).port
+        assert port is not None
+        eventually(lambda: raise_alert(port, body), "Alertmanager takes the alert")
+        first = eventually(lambda: printed().splitlines()[:1], "a page")
     assert first[0].startswith("pager: FIRING critical PgSidecarPoolNearExhaustion pool=main")
 
 

@@ -6,16 +6,14 @@ Owns: when the trouble begins, and when the pictures are taken. Does not own: th
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import Final
-
-import psycopg
 
 from dashboards.pictures.prometheus import PictureError
 from deploy.observe.processes import CannotObserve
-from deploy.observe.stack import Stack, running
+from deploy.observe.stack import running
+from deploy.observe.trouble import forget
 
-_CULPRIT: Final = "billing-worker"
 _FORGOTTEN: Final = 23  # transactions, of 25 connections
 _TROUBLE: Final = 100.0  # seconds before the end; the page comes after one minute
 _WAITING: Final = 'min_over_time(pgsidecar_pool_pending_requests{pool="main"}[2s])'
@@ -28,7 +26,7 @@ def stage(seconds: float) -> Iterator[str]:
     try:
         with running(factor=1) as stack, ExitStack() as held:
             _wait(seconds - _TROUBLE)
-            _forget(stack, held)
+            forget(stack.dsn, _FORGOTTEN, held)
             _wait(_TROUBLE)
             until = time.monotonic() + _BURST
             while not stack.prometheus.value(_WAITING) and time.monotonic() < until:
@@ -40,12 +38,3 @@ def stage(seconds: float) -> Iterator[str]:
 
 def _wait(seconds: float) -> None:
     time.sleep(max(0.0, seconds))
-
-
-def _forget(stack: Stack, held: ExitStack) -> None:
-    """Begins transactions that stay open until ``held`` is closed."""
-    for _ in range(_FORGOTTEN):
-        connection = psycopg.connect(stack.dsn, application_name=_CULPRIT, connect_timeout=10)
-        held.callback(connection.close)
-        with suppress(psycopg.Error):  # the load's own burst has all connections: one fewer, then
-            connection.execute("SELECT id FROM orders LIMIT 1")

@@ -20,12 +20,12 @@ import psycopg
 from deploy.observe.processes import CannotObserve
 from deploy.observe.receiver import Page
 from deploy.observe.stack import Stack, running
+from deploy.observe.trouble import CULPRIT, forget
 
 FACTOR: Final = 20.0
 """A rule's minute is 3 s."""
 TROUBLE_BEGINS, TROUBLE_LASTS = 6.0, 12.0  # seconds; so that within a minute all is well again
 FORGOTTEN: Final = 24  # transactions, of 25 connections: the others have to wait
-CULPRIT: Final = "billing-worker"
 PORTS: Final = (6432, 9632, 9090, 9093)
 
 _LINE_EVERY: Final = 5.0  # seconds
@@ -138,10 +138,7 @@ def _trouble(dsn: str, terminal: Terminal) -> Iterator[None]:
             )
             ends = terminal.elapsed + TROUBLE_LASTS
             try:
-                for _ in range(FORGOTTEN):
-                    conn = psycopg.connect(dsn, application_name=CULPRIT, connect_timeout=10)
-                    held.callback(conn.close)
-                    conn.execute("SELECT id FROM orders LIMIT 1")
+                forget(dsn, FORGOTTEN, held)
             except psycopg.Error as exc:
                 terminal.line(f"{CULPRIT}: {exc}".strip().partition("\n")[0], "!")
             over.wait(max(0.0, ends - terminal.elapsed))

@@ -71,15 +71,16 @@ class Blame:
         self._seconds: dict[str, float] = dict.fromkeys(_RESERVED, 0.0)
         self._seen: dict[str, float] = {}  # applications with a series, longest not seen first
         self._next_look = 0.0
-        self._gauges: PoolGauges | None = None  # of the last tick, which was
-        self._now = 0.0
+        self._gauges: PoolGauges | None = None  # as of the last tick
+        self._now = 0.0  # the instant of it
 
     def by_application(self) -> dict[str, float]:
         """Seconds charged, of those that have a series."""
         return self._seconds.copy()
 
     def held(self) -> dict[str, int]:
-        """Leases at this instant, by application; 0 for those that have a series and hold nothing."""
+        """Leases at this instant, by application; 0 for those that have a series and hold nothing. Who holds
+        something gets a series with it, as with a tick."""
         holders = [] if self._gauges is None else self._gauges.holders()
         names = [self._see(_application_of(holder), self._now) for holder in holders]
         counts = dict.fromkeys(self._seconds, 0)
