@@ -250,3 +250,11 @@ def test_ci_runs_the_tests():
     script = ROOT / ".ci/run"
     assert script.stat().st_mode & 0o111
     assert "make test" in script.read_text()
+
+
+def test_readme_shows_every_picture_and_says_how_it_was_made():
+    text = (ROOT / "README.md").read_text()
+    shown = {path for path in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)}
+    assert shown == {relative(path) for path in (ROOT / "docs/images").glob("*.png")}
+    assert "make pictures" in text
+    assert "not screenshots of Grafana" in text

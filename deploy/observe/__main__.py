@@ -198,7 +198,10 @@ def observe(seconds: float | None, factor: float) -> int:
 
 def _wait_for_figures(stack: Stack, stopping: threading.Event) -> None:
     deadline = time.monotonic() + _FIGURES
-    while stack.prometheus.value("min(pgsidecar_up)") != 1 and not stopping.wait(0.1):
+    watched = stack.prometheus
+    while watched.value("min(pgsidecar_up)") != 1 or watched.alerts():  # PgSidecarAbsent, until now
+        if stopping.wait(0.1):
+            return
         if time.monotonic() > deadline:
             raise CannotObserve(f"no figures of the sidecar in Prometheus after {_FIGURES:g} s")
 
