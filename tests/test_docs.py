@@ -254,7 +254,7 @@ def test_ci_runs_the_tests():
 
 def test_readme_shows_every_picture_and_says_how_it_was_made():
     text = (ROOT / "README.md").read_text()
-    shown = {path for path in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)}
+    shown = set(re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text))
     assert shown == {relative(path) for path in (ROOT / "docs/images").glob("*.png")}
     assert "make pictures" in text
     assert "not screenshots of Grafana" in text
