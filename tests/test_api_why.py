@@ -148,7 +148,7 @@ async def test_statements_are_told_with_their_figures(api, clients):
     conn = await clients.connect("web")
     for number in range(3):
         await conn.execute(f"select generate_series(1, {number + 4})")
-    await conn.execute("select pg_sleep(0.05)")
+    await conn.execute("select pg_sleep(0.5)")
     with pytest.raises(psycopg.errors.DivisionByZero):
         await conn.execute("select 1 / 0")
 
