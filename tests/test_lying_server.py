@@ -687,6 +687,8 @@ PINGS: dict[str, Act] = {
     "silence": says_and_waits(),
     "the end": says_and_closes(),
     "ready twice": says(m.message(m.EMPTY_QUERY_RESPONSE, b""), READY, READY),
+    "ParseComplete": says(PARSED, m.message(m.EMPTY_QUERY_RESPONSE, b""), READY),
+    "rows": says(ROWS, READY),
     "a transaction": says(m.message(m.READY_FOR_QUERY, b"T")),
     "no status": says(m.message(m.READY_FOR_QUERY, b"")),
     "an error": says(m.error_response("ERROR", "XX000", "no"), READY),

@@ -35,6 +35,11 @@ DISCARD_ALL = m.query(b"DISCARD ALL")
 LOST = "lost"
 """In place of an SQLSTATE; no server can say it."""
 
+_TOLD: Final = frozenset(
+    {m.EMPTY_QUERY_RESPONSE, m.COMMAND_COMPLETE, m.NOTICE_RESPONSE, m.NOTIFICATION_RESPONSE}
+)
+"""What else may be in the answers to the queries here. Anything besides is somebody else's."""
+
 _BACKOFF_FIRST = 0.1  # s
 _BACKOFF_MOST = 5.0  # s: a server that is back is used within seconds
 
@@ -80,6 +85,9 @@ class Check:
             elif kind == m.READY_FOR_QUERY:
                 self._owed -= 1
                 self._server.tx_status = body[0] if body else m.FAILED
+            elif kind not in _TOLD:
+                self._owed = 0
+                break
             pos = end
         self._rest = data[pos:]
         if self._owed <= 0:
