@@ -10,6 +10,7 @@ import pytest
 from sidecar.protocol import messages as m
 from tests.sidecar_process import PATIENCE
 from tests.sidecar_process import Sidecar as Addresses
+from tests.test_cancel import until_running
 from tests.wire import Client, Sidecar, error, kinds, query, startup
 
 USERS: Mapping[str, str | Mapping[str, object]] = {
@@ -147,11 +148,11 @@ def test_clients_logged_in_do_not_count_as_in_login(narrow):
     narrow.until_whole()
 
 
-def test_cancel_request_gets_through_while_all_places_are_taken(narrow):
+def test_cancel_request_gets_through_while_all_places_are_taken(narrow, postgres):
     """It is the way to make room. libpq asks for encryption first, as it would for a login."""
     with connect(narrow, "bob") as connection, ThreadPoolExecutor(1) as thread:
-        running = thread.submit(connection.execute, "select pg_sleep(60)")
-        narrow.until(lambda: narrow.pool.state.active, "it runs")
+        running = thread.submit(connection.execute, "select pg_sleep(61)")
+        until_running(postgres, "select pg_sleep(61)")  # a backend at rest ignores the request
         with half_logged_in(narrow), half_logged_in(narrow):
             connection.cancel_safe(timeout=5)
             with pytest.raises(psycopg.errors.QueryCanceled):
