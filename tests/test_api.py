@@ -264,7 +264,7 @@ async def test_a_handler_that_fails_is_answered_counted_and_logged(service, monk
     def fail(format: Format) -> str:
         raise RuntimeError("details for the log only")
 
-    monkeypatch.setattr(service.page.metrics, "own_text", fail)
+    monkeypatch.setattr(service.page.metrics, "own_parts", fail)
     async with service.client.get("/metrics") as response:
         assert (response.status, await response.text()) == (500, "internal error\n")
 
@@ -427,6 +427,37 @@ async def test_an_address_that_is_taken_is_an_error(service):
     with pytest.raises(OSError, match="address already in use"):
         await other.server.start()
     await other.server.stop()
+
+
+async def test_the_loop_does_other_things_while_the_page_is_written(service, monkeypatch):
+    """Between any two slices; and what is counted meanwhile tears no family apart."""
+    monkeypatch.setattr(app_module, "SLICE", 0.0)
+    turns = 0
+    is_over = False
+
+    async def live() -> None:
+        nonlocal turns
+        while not is_over:
+            turns += 1
+            service.page.call("f", took=0.001)
+            await asyncio.sleep(0)
+
+    living = asyncio.create_task(live())
+    async with service.client.get("/metrics") as response:
+        text = await response.text()
+    is_over = True
+    await living
+    assert turns > len(service.page.metrics._exposition.families)
+    families = {family.name: family for family in parse_text(text)}
+    durations = families["pgsidecar_query_duration_seconds"]
+    counts = {
+        s.labels["operation"]: s.value for s in durations.samples if s.name.endswith("_count")
+    }
+    whole = {
+        s.labels["operation"]: s.value for s in durations.samples if s.labels.get("le") == "+Inf"
+    }
+    assert counts == whole
+    assert counts["select"] > 0
 
 
 async def test_the_loop_is_free_while_the_answer_is_packed(service, monkeypatch):

@@ -496,7 +496,7 @@ def test_a_scrape_does_not_hold_the_event_loop_for_long():
     took = []
     for _ in range(20):
         began = time.perf_counter()
-        page.metrics.own_text(Format.OPENMETRICS)
+        list(page.metrics.own_parts(Format.OPENMETRICS))
         took.append(time.perf_counter() - began)
 
     assert min(took) < 0.002

@@ -419,7 +419,7 @@ def _sidecar_families(revision: str) -> Iterable[ScrapeFamily]:
     )
     yield metric(
         "metrics_render_seconds",
-        "How long the previous scrape kept the event loop.",
+        "How long the previous scrape kept the event loop, all of its slices together.",
         lambda scrape: [scrape.previous_took],
     )
     yield metric(

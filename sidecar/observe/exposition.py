@@ -5,7 +5,7 @@ Everything but the numbers of a sample line is built once: rendering then costs 
 Which families there are is ``metrics``' business.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from itertools import accumulate, chain
@@ -57,17 +57,14 @@ class Exposition(Generic[Source]):
             Format.OPENMETRICS: [_openmetrics_header(family, names) for family in self.families],
         }
 
-    def render(self, format: Format, source: Source) -> str:
-        """The whole text, without the ``# EOF`` that ends an OpenMetrics page."""
-        lines: list[str] = []
+    def render(self, format: Format, source: Source) -> Iterator[str]:
+        """The text of each family, without the ``# EOF`` that ends an OpenMetrics page."""
         for header, family in zip(self._headers[format], self.families, strict=True):
-            lines.append(header)
             if format is Format.OPENMETRICS and family.with_exemplars is not None:
-                lines.extend(family.with_exemplars(source))
+                lines = family.with_exemplars(source)
             else:
-                lines.extend(family.lines(source))
-        lines.append("")
-        return "\n".join(lines)
+                lines = family.lines(source)
+            yield "\n".join([header, *lines, ""])
 
 
 def prefix(name: str, labels: Mapping[str, str]) -> str:
