@@ -11,7 +11,6 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import permutations
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -23,6 +22,7 @@ from sidecar import cli, config, config_file
 from sidecar.console.commands import Verb, parse, split
 from sidecar.observe.verdict import Kind
 from tests.metrics_page import IDLE, Page, fill
+from tests.test_alerts import muted
 from tests.test_docs import ANY_VALUE, ROOT, anchors, emitted
 
 RUNBOOKS = ROOT / "docs/runbooks"
@@ -553,49 +553,11 @@ def test_prometheus_takes_the_example_of_alerts_md(tmp_path: Path):
 # -- inhibition ------------------------------------------------------------------------------------
 
 
-def matches(matcher: str, labels: dict[str, str]) -> bool:
-    """As Alertmanager does it: a regular expression has to match all, a missing label is empty."""
-    found = re.fullmatch(r'\s*(\w+)\s*(=~|!~|!=|=)\s*"(.*)"\s*', matcher)
-    assert found is not None, matcher
-    label, operator, value = found.groups()
-    has = labels.get(label, "")
-    is_equal = has == value if "~" not in operator else re.fullmatch(value, has) is not None
-    return is_equal is not operator.startswith("!")
-
-
-def test_matchers_are_alertmanager_s():
-    labels = {"alertname": "PgSidecarDown", "severity": "critical"}
-    for matcher, expected in (
-        ('severity="critical"', True),
-        ('severity != "critical"', False),
-        ('alertname=~"PgSidecar"', False),
-        ('alertname=~"PgSidecar(Down|Absent)"', True),
-        ('alertname!~"PgSidecar(Down|Absent)"', False),
-        ('pool=""', True),
-        ('pool!~".+"', True),
-    ):
-        assert matches(matcher, labels) is expected, matcher
-
-
-@cache
-def inhibited() -> set[tuple[str, str]]:
-    """Pairs of a source and whom it mutes."""
-    inhibitions = yaml.safe_load(ALERTMANAGER.read_text())["inhibit_rules"]
-    labels = {name: {**each.labels, "alertname": name} for name, each in alerts().items()}
-    return {
-        (source, target)
-        for rule in inhibitions
-        for source, target in permutations(labels, 2)
-        if all(matches(each, labels[source]) for each in rule["source_matchers"])
-        and all(matches(each, labels[target]) for each in rule["target_matchers"])
-    }
-
-
 @each_alert
 def test_page_tells_who_mutes_whom(name: str):
     expected = {
-        "Muted by": {source for source, target in inhibited() if target == name},
-        "Mutes": {target for source, target in inhibited() if source == name},
+        "Muted by": {source for source, targets in muted().items() if name in targets},
+        "Mutes": muted().get(name, set()),
     }
     for label, names in expected.items():
         (said,) = re.findall(rf"^{label}: (.*(?:\n\S.*)*)$", page(name), re.MULTILINE)
@@ -604,28 +566,6 @@ def test_page_tells_who_mutes_whom(name: str):
             listed = {*alerts()} - {name} - listed
         assert said == "nothing" or listed, said
         assert listed == names, label
-
-
-def test_no_warning_mutes_what_pages_somebody():
-    for source, target in inhibited():
-        assert not (
-            alerts()[source].severity == "warning" and alerts()[target].severity == "critical"
-        )
-
-
-def test_nobody_is_muted_for_being_muted():
-    """Whoever mutes each other would both be silent."""
-    assert not {(target, source) for source, target in inhibited()} & inhibited()
-
-
-def test_every_inhibition_has_an_alert_on_both_sides():
-    """A name that was changed in the rules only would mute nothing, and nobody would see."""
-    for rule in yaml.safe_load(ALERTMANAGER.read_text())["inhibit_rules"]:
-        for matcher in (*rule["source_matchers"], *rule["target_matchers"]):
-            (value,) = re.findall(r'^alertname(?:=~|!~|!=|=)"(.*)"$', matcher)
-            either = re.fullmatch(r"PgSidecar\((.*)\)", value)
-            for part in either[1].split("|") if either else [value.removeprefix("PgSidecar")]:
-                assert any(re.fullmatch(f"PgSidecar{part}", each) for each in alerts()), part
 
 
 def test_way_through_the_night_leads_to_pages():
