@@ -27,7 +27,6 @@ from tests.test_docs import ANY_VALUE, ROOT, anchors, emitted
 
 RUNBOOKS = ROOT / "docs/runbooks"
 RULES = ROOT / "alerts/pgsidecar.rules.yml"
-ALERTMANAGER = ROOT / "alerts/alertmanager.example.yml"
 PAGES = [*RUNBOOKS.glob("*.md"), ROOT / "docs/alerts.md"]
 HEADINGS = ["Meaning", "Impact", "Confirm", "Mitigate now", "Cure", "False alarm"]
 
