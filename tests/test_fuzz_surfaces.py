@@ -172,8 +172,8 @@ def test_lie_about_a_question_of_ours_is_over_with_its_client(postgres, caplog, 
             liar.deceives = False
             sidecar._clients.clear()
             sidecar.until(lambda: is_free(pool_of(sidecar)), f"{what}: it is given back")
-            check_honest_again(sidecar)
-            sidecar._clients.clear()
             # what is left of a lie may still be on its way, to whoever has the connection then
             sidecar.call(lambda: steering.replace_all(pool_of(sidecar), clock()))
             sidecar.until(lambda: not any(s.is_replaced for s in servers(pool_of(sidecar))), "anew")
+            check_honest_again(sidecar)
+            sidecar._clients.clear()
