@@ -36,7 +36,16 @@ observe: install-demo observe-packages ## Watch a page arrive: the demo with Pro
 .PHONY: test
 test: lint debian-packages node-packages ## Style, types, then all tests. JOBS=4 TESTS=tests/test_config.py
 	@echo 'tests ...'
-	@exec $(PY) -m pytest -q --no-header -n $(JOBS) --maxprocesses 8 --dist worksteal $(TESTS)
+	@$(PY) -m pytest -q --no-header -n $(JOBS) --maxprocesses 8 --dist worksteal $(TESTS); \
+	status=$$?; [ $$status = 1 ] || exit $$status; \
+	failed=$$($(PY) -c 'import json; print(len(json.load(open(".pytest_cache/v/cache/lastfailed"))))'); \
+	[ "$$failed" -le $(AGAIN) ] || exit 1; \
+	echo; echo "$$failed failed. Once more, alone: what passes now has missed its time on a busy machine, and wants mending:"; \
+	exec $(PY) -m pytest -q --no-header --last-failed --last-failed-no-failures none $(TESTS)
+
+# How many failed tests are tried once more, alone. Thousands of tests with real servers and real time share
+# two cores, and one in some thousands misses its time; what is broken fails again. 0: none is.
+AGAIN := 3
 
 .PHONY: lint
 lint: install-dev ## Style (ruff) and types (mypy) only
