@@ -252,7 +252,8 @@ async def test_a_cancel_never_hits_what_the_client_runs_next(
     async with await connect(sidecar, "impatient", autocommit=True) as conn:
         for number in range(300):
             await conn.execute("BEGIN")
-            running = asyncio.create_task(conn.execute("SELECT pg_sleep(0.0004)"))
+            takes = 0.0004 * 2 ** (number % 7)  # the longest are amid on any machine
+            running = asyncio.create_task(conn.execute(f"SELECT pg_sleep({takes})".encode()))
             await asyncio.sleep(number % 30 * 0.0001)  # before, amid and after the query
             await conn.cancel_safe()
             try:
