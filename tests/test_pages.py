@@ -239,7 +239,7 @@ FIRST_STEP = r"First step: pgsidecar why --pool main, on 127\.0\.0\.1:\d+\."
 BUSY = "PgSidecarEventLoopLag"
 """May arrive from anywhere, and be true: the machine has other tests to run."""
 BUDGETS = frozenset({"PgSidecarErrorBudgetBurnFast", "PgSidecarErrorBudgetBurnSlow"})
-"""True of errors, once the sidecar has run for half an hour: here a minute, which takes a slow machine."""
+"""True of errors once the sidecar has run for half an hour: here 90 s, for which it takes a slow machine."""
 
 TROUBLES = [
     Trouble(
